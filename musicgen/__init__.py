@@ -1,0 +1,1 @@
+"""The model: patterns, transformer, codec, conditions, sampling, generation. Imports neither Ray nor Lightning."""

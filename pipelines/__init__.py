@@ -1,0 +1,1 @@
+"""Catalogue to shards: rights gate, decode, checks, chroma, tokens, captions, WebDataset shards."""

@@ -1,0 +1,1 @@
+"""Shards to checkpoint: plan, data, loss, Lightning module, strategies, and the codec's own trainer."""
