@@ -1,0 +1,85 @@
+"""Bytes in and out of a place named by a path or a URI (`file://`, `s3://` …), whole or absent.
+
+A local file is written under a temporary name and renamed; an object store commits a single PUT by itself. So a
+reader never sees half a file and a killed writer leaves nothing under the final name.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from musicgen.errors import UserError
+
+
+def local_path(uri: str | os.PathLike[str]) -> Path | None:
+    """The local path of a path or `file://` URI; None for another scheme."""
+    text = os.fspath(uri)
+    if "://" not in text:
+        return Path(text)
+    if text.startswith("file://"):
+        return Path(unquote(urlsplit(text).path))
+    return None
+
+
+def _remote(uri: str):
+    from pyarrow import fs
+
+    try:
+        return fs.FileSystem.from_uri(uri)
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{uri!r} is not a place this program can reach ({error}); give a path, file:// or s3://"
+        ) from None
+
+
+def join(folder: str | os.PathLike[str], name: str) -> str:
+    """`folder/name` for a path or a URI."""
+    return f"{os.fspath(folder).rstrip('/')}/{name}"
+
+
+def exists(uri: str | os.PathLike[str]) -> bool:
+    """Whether something (file or folder) stands there."""
+    path = local_path(uri)
+    if path is not None:
+        return path.exists()
+    from pyarrow import fs
+
+    filesystem, inner = _remote(os.fspath(uri))
+    return filesystem.get_file_info(inner).type != fs.FileType.NotFound
+
+
+def read_bytes(uri: str | os.PathLike[str]) -> bytes:
+    """The whole file; raises `FileNotFoundError` when it is not there."""
+    path = local_path(uri)
+    if path is not None:
+        return path.read_bytes()
+    filesystem, inner = _remote(os.fspath(uri))
+    with filesystem.open_input_stream(inner) as stream:
+        return stream.read()
+
+
+def write_bytes(uri: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole or not at all; folders on the way are made.
+
+    Raises:
+        UserError: the place cannot be written (missing rights, full disk), in words.
+    """
+    path = local_path(uri)
+    if path is None:
+        filesystem, inner = _remote(os.fspath(uri))
+        with filesystem.open_output_stream(inner) as stream:
+            stream.write(data)
+        return
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free the place or give another one"
+        ) from error

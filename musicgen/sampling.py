@@ -1,0 +1,116 @@
+"""From logits to tokens: guidance, temperature, top-k, top-p, and randomness that is addressed, not consumed.
+
+Every function is pure. The noise for one token is a function of (seed, step, codebook) and the code's index alone,
+through the counter-based generator Philox4x32-10, so that an item draws the same tokens alone, in any batch, and
+after a restart in the middle. A token is drawn by the Gumbel-max rule: argmax(log p + g) has distribution p.
+
+Sources: Copet et al. 2023, section 3.4 (top-k 250, temperature 1, guidance 3); Salmon et al. 2011 for Philox.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_ROUND = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_STREAM = 0x6D67656E  # sets sampling apart from any other use of the same seed
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn.
+
+    Args:
+        top_k: keep the k likeliest codes; 0 keeps all.
+        top_p: keep the likeliest codes up to this total probability; 0 switches it off; when set, it replaces top_k.
+        temperature: 1 samples from the model's distribution, lower is safer, 0 always takes the likeliest code.
+        guidance: how far to go from the unconditional prediction towards the prompt's; 1 is none.
+    """
+
+    top_k: int = 250
+    top_p: float = 0.0
+    temperature: float = 1.0
+    guidance: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; give 0 (all codes) or a number of codes such as 250")
+        if not 0.0 <= self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}; give 0 (off) up to 1")
+        if not (self.temperature >= 0.0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature is {self.temperature}; give 0 (likeliest code) or more, such as 1.0")
+        if not (self.guidance >= 0.0 and math.isfinite(self.guidance)):
+            raise ValueError(f"guidance is {self.guidance}; give 0 or more, such as 3.0 (1 is no guidance)")
+
+
+def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four 32-bit words, as int64 tensors, for each key and counter (int64, broadcast together)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap; masking after an arithmetic shift still gives the true upper 32 bits.
+        p0, p1 = c0 * _ROUND[0], c2 * _ROUND[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def gumbel_noise(seeds: Tensor, step: int, num_codebooks: int, size: int) -> Tensor:
+    """Standard Gumbel noise [B, K, size], float32, a function of (seed, step, codebook, code) only.
+
+    Args:
+        seeds: int64 [B], one seed per item (all 64 bits count).
+        step: column of the pattern, 0 for the first predicted one.
+    """
+    device = seeds.device
+    blocks = (size + 3) // 4
+    seeds = seeds.view(-1, 1, 1)
+    block = torch.arange(blocks, device=device).view(1, 1, -1)
+    codebook = torch.arange(num_codebooks, device=device).view(1, -1, 1)
+    constant = torch.full_like(block, _STREAM)
+    words = philox((seeds & _MASK, (seeds >> 32) & _MASK), (block, codebook, torch.full_like(block, step), constant))
+    shape = (seeds.shape[0], num_codebooks, blocks)
+    bits = torch.stack([w.expand(shape) for w in words], dim=-1).reshape(shape[0], num_codebooks, 4 * blocks)[
+        ..., :size
+    ]
+    uniform = ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23  # strictly inside (0, 1), exact in float32
+    return -torch.log(-torch.log(uniform))
+
+
+def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance on raw logits: unconditional + guidance x (conditional - unconditional)."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Logits [..., V] with all but the k likeliest set to -inf; ties with the k-th stay; 0 or k >= V keeps all."""
+    if k == 0 or k >= logits.shape[-1]:
+        return logits
+    kth = torch.topk(logits, k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < kth, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Logits [..., V]: likeliest first, a code stays while the probability before it is at most p."""
+    ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    probability = torch.softmax(ordered, dim=-1)
+    drop = probability.cumsum(dim=-1) - probability > p
+    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -math.inf)
+
+
+def sample(logits: Tensor, seeds: Tensor, step: int, config: SamplingConfig) -> Tensor:
+    """Tokens [B, K] drawn from logits [B, K, V] (already guided) with noise addressed by (seed, step, codebook)."""
+    logits = logits.float()
+    if config.temperature == 0.0:
+        return logits.argmax(dim=-1)
+    logits = logits / config.temperature
+    if config.top_p > 0.0:
+        logits = keep_top_p(logits, config.top_p)
+    else:
+        logits = keep_top_k(logits, config.top_k)
+    return (logits + gumbel_noise(seeds, step, logits.shape[1], logits.shape[2])).argmax(dim=-1)

@@ -1,0 +1,194 @@
+"""The release folder: `config.json` + `model.safetensors`, the only form in which a model leaves or enters.
+
+`save_release` writes a language model with all a stranger needs to use it: its shape, the identity of the codec and
+of the text encoder it was trained with, and what it was trained on. `load_release` reads it back without unpickling
+anything, upcasts to float32 and refuses, in words, what is not whole or not ours. The text encoder and the codec are
+not inside; they are named by identity, and `check_codec` refuses another codec, whose codes would mean other sounds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from musicgen import config, files, settings
+from musicgen.errors import UserError
+
+FORMAT = "musicgen-release"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+DEMO = Path(__file__).parent / "assets" / "model"
+
+
+def save_release(
+    folder: str | os.PathLike[str], lm: torch.nn.Module, info: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write `lm` (a `MusicLM`) and `info` as a release folder, whole or absent; an older one there is replaced.
+
+    Args:
+        folder: local folder to make.
+        lm: the model; `lm.config` is its `LMConfig`. Its state is stored without text encoder and codec.
+        info: `codec` and `text_encoder` ({name, identity}), `training` ({step, audio_seconds_seen, data_version,
+            valid_loss, crop_seconds}), `licence`, `made_by`.
+        dtype: float32 or float16, of the stored weights; loading always upcasts to float32.
+    """
+    from safetensors.torch import save
+
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"a release is stored as float32 or float16, not {dtype}")
+    target = files.local_path(folder)
+    if target is None:
+        raise UserError(f"a release is written to a local folder, not {os.fspath(folder)!r}; copy it from there")
+    for required in ("codec", "text_encoder", "training"):
+        if required not in info:
+            raise ValueError(f"info lacks {required!r}; a release names its codec, text encoder and training")
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in lm.state_dict().items()}
+    weights = save(state, metadata={"format": FORMAT})
+    document = {
+        "format": FORMAT,
+        "schema_version": config.SCHEMA_VERSION,
+        "lm": settings.to_dict(lm.config),
+        **{k: v for k, v in info.items() if k not in ("format", "schema_version", "lm", "weights")},
+        "weights": {
+            "file": WEIGHTS,
+            "sha256": hashlib.sha256(weights).hexdigest(),
+            "dtype": str(dtype).removeprefix("torch."),
+            "parameters": sum(t.numel() for t in state.values()),
+        },
+    }
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    aside = temporary.with_suffix(".old")
+    try:
+        temporary.mkdir(parents=True)
+        (temporary / WEIGHTS).write_bytes(weights)
+        (temporary / CONFIG).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if target.exists():  # a folder cannot be renamed onto a full one
+            os.rename(target, aside)
+        os.rename(temporary, target)
+    except OSError as error:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
+        raise UserError(f"cannot write the release {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def resolve(model: str | os.PathLike[str]) -> str:
+    """The folder or URI behind `MODEL`: `demo` is the model that ships with the program, all else is a place."""
+    return str(DEMO) if os.fspath(model) == "demo" else os.fspath(model)
+
+
+def _missing(model: str, folder: str, name: str) -> UserError:
+    if model == "demo":
+        return UserError(
+            f"MODEL='demo': the demo model is not in {folder}; build it with `make assets`, "
+            "or give the release folder of a run (runs/<name>/release)"
+        )
+    if not files.exists(folder):
+        return UserError(
+            f"MODEL={model!r} does not exist; give 'demo' or the release folder of a run (runs/<name>/release)"
+        )
+    inner = files.join(folder, "release")
+    hint = f"; did you mean {inner!r}?" if files.exists(inner) else ""
+    return UserError(
+        f"MODEL={model!r} is not a release folder: {name} is missing in it{hint or ' (a release holds '}"
+        f"{'' if hint else f'{CONFIG} and {WEIGHTS}, as training writes to runs/<name>/release)'}"
+    )
+
+
+def read_info(model: str | os.PathLike[str]) -> dict[str, Any]:
+    """`config.json` of a release, checked to be one of ours; the weights are not touched.
+
+    Raises:
+        UserError: missing, not JSON, another format, or a schema newer than this program.
+    """
+    name, folder = os.fspath(model), resolve(model)
+    try:
+        raw = files.read_bytes(files.join(folder, CONFIG))
+    except (FileNotFoundError, NotADirectoryError):
+        raise _missing(name, folder, CONFIG) from None
+    try:
+        info = json.loads(raw)
+    except ValueError as error:
+        raise UserError(f"MODEL={name!r}: {CONFIG} is not JSON ({error}); write the release again") from None
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        kind = info.get("model_type") or info.get("format") if isinstance(info, dict) else None
+        raise UserError(
+            f"MODEL={name!r} is not a release of this program: {CONFIG} says {kind!r} instead of format {FORMAT!r}; "
+            "give 'demo' or the release folder of a run (runs/<name>/release)"
+        )
+    if info.get("schema_version") != config.SCHEMA_VERSION:
+        raise UserError(
+            f"MODEL={name!r} has release schema {info.get('schema_version')!r}, this program reads "
+            f"{config.SCHEMA_VERSION}; use the program version that wrote it ({info.get('made_by', 'not recorded')})"
+        )
+    return info
+
+
+def load_release(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
+    """A `MusicLM` (float32, eval mode, CPU) and the release's `config.json`.
+
+    Args:
+        folder: `demo`, a release folder, or its URI.
+
+    Raises:
+        UserError: not a release, weights missing, cut short, altered, or of another shape than the settings say.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    from musicgen.lm import MusicLM
+
+    name, place = os.fspath(folder), resolve(folder)
+    info = read_info(folder)
+    try:
+        raw = files.read_bytes(files.join(place, WEIGHTS))
+    except FileNotFoundError:
+        raise _missing(name, place, WEIGHTS) from None
+    recorded = info.get("weights", {}).get("sha256")
+    if hashlib.sha256(raw).hexdigest() != recorded:
+        raise UserError(
+            f"MODEL={name!r}: {WEIGHTS} is not the file that {CONFIG} describes (its sha256 differs: cut short, "
+            "damaged or exchanged); copy or write the release again"
+        )
+    try:
+        state = load(raw)
+    except SafetensorError as error:
+        raise UserError(f"MODEL={name!r}: {WEIGHTS} is not a safetensors file ({error})") from None
+    try:
+        lm_config = settings.from_dict(config.LMConfig, info["lm"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"MODEL={name!r}: the model settings in {CONFIG} cannot be read: {error}") from None
+    with torch.random.fork_rng(devices=[]):  # the initialisation is overwritten; the caller's randomness is not spent
+        lm = MusicLM(lm_config)
+    try:
+        lm.load_state_dict({key: tensor.float() for key, tensor in state.items()})
+    except RuntimeError as error:
+        raise UserError(f"MODEL={name!r}: {WEIGHTS} does not fit the settings in {CONFIG}: {error}") from None
+    return lm.eval().requires_grad_(False), info
+
+
+def check_codec(info: dict[str, Any], codec: Any) -> None:
+    """Refuse a codec other than the one the release was trained with.
+
+    Raises:
+        UserError: the identities differ; both are named.
+    """
+    trained = info.get("codec", {})
+    if trained.get("identity") != codec.identity:
+        raise UserError(
+            f"this model was trained on tokens of codec {trained.get('name')!r} "
+            f"(identity {str(trained.get('identity'))[:12]}…), but codec {codec.name!r} "
+            f"(identity {codec.identity[:12]}…) was given; its codes mean other sounds. "
+            "Use the codec the model names, or train a model on this one"
+        )
