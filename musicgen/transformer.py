@@ -1,0 +1,182 @@
+"""The transformer under the language model: attention with an optional static cache, cross-attention, blocks.
+
+Pre-norm blocks: norm1 -> causal self-attention -> residual; norm_cross -> cross-attention to the text -> residual;
+norm2 -> feed-forward -> residual. No biases but in the LayerNorms. Parameter names are audiocraft's, so that key
+maps stay short. Two deviations, both decided in the design: padded text is masked, and an item without any text
+gets exactly zero from cross-attention (the reference reaches the same zero through zero values).
+
+Source: Copet et al. 2023, section 3.1; audiocraft `modules/transformer.py`; initialisation `LMModel._init_weights`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from musicgen.config import LMConfig
+
+
+def sinusoid(positions: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal embedding `[S, dim]` in float32 of positions `[S]`: cosines, then sines.
+
+    The exponent's denominator is half - 1, as in the reference. Float32 whatever the model runs in: bfloat16 would
+    leave 573 of 1504 positions distinct.
+    """
+    half = dim // 2
+    index = torch.arange(half, device=positions.device, dtype=torch.float32)
+    angle = positions.to(torch.float32)[:, None] / max_period ** (index / max(half - 1, 1))
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+@dataclass
+class Cache:
+    """State of step-wise generation for one batch: static buffers, written at `position`.
+
+    Attributes:
+        keys, values: per layer `[B, H, max_steps, D/H]`, self-attention.
+        cross_keys, cross_values: per layer `[B, H, L, D/H]`, computed once from the text.
+        text_mask: `[B, L]` bool.
+        position: columns already written.
+        max_steps: capacity in columns.
+    """
+
+    max_steps: int
+    text_mask: Tensor
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    cross_keys: list[Tensor] = field(default_factory=list)
+    cross_values: list[Tensor] = field(default_factory=list)
+    position: int = 0
+
+
+class Attention(nn.Module):
+    """Multi-head attention with packed q/k/v rows, as the reference stores them."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        # The reference takes this from a plain Linear and never re-initialises it: uniform within 1/sqrt(dim).
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        nn.init.uniform_(self.in_proj_weight, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _merge(self, x: Tensor) -> Tensor:
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+    def causal(self, x: Tensor) -> Tensor:
+        """Self-attention over a whole sequence, `[B, S, D]` to `[B, S, D]`."""
+        q, k, v = (self._heads(p) for p in F.linear(x, self.in_proj_weight).chunk(3, dim=-1))
+        return self._merge(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def causal_step(self, x: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
+        """One column `[B, 1, D]` against the cache, whose buffers `[B, H, max_steps, D/H]` are written in place."""
+        q, k, v = (self._heads(p) for p in F.linear(x, self.in_proj_weight).chunk(3, dim=-1))
+        keys[:, :, position] = k[:, :, 0].to(keys.dtype)
+        values[:, :, position] = v[:, :, 0].to(values.dtype)
+        seen = slice(0, position + 1)
+        return self._merge(F.scaled_dot_product_attention(q, keys[:, :, seen], values[:, :, seen]))
+
+    def project_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, H, L, D/H]` of the projected text `[B, L, D]`."""
+        dim = text.shape[-1]
+        k, v = F.linear(text, self.in_proj_weight[dim:]).chunk(2, dim=-1)
+        return self._heads(k), self._heads(v)
+
+    def cross(self, x: Tensor, keys: Tensor, values: Tensor, text_mask: Tensor) -> Tensor:
+        """Attention of `[B, S, D]` to the text; rows of `text_mask` `[B, L]` without a token give exactly zero."""
+        q = self._heads(F.linear(x, self.in_proj_weight[: x.shape[-1]]))
+        has_text = text_mask.any(dim=-1)
+        # A fully masked row would be a softmax over nothing (NaN); let it see its padding and erase the result.
+        seen = text_mask | ~has_text[:, None]
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None, :])
+        return self._merge(out.masked_fill(~has_text[:, None, None, None], 0.0))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.dropout = config.dropout
+        self.activation = config.activation
+        self.norm1 = nn.LayerNorm(dim)
+        self.self_attn = Attention(dim, config.num_heads)
+        if config.cross_attention:
+            self.norm_cross = nn.LayerNorm(dim)
+            self.cross_attention = Attention(dim, config.num_heads)
+        self.has_cross = config.cross_attention
+        self.norm2 = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, config.ffn_mult * dim, bias=False)
+        self.linear2 = nn.Linear(config.ffn_mult * dim, dim, bias=False)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        hidden = self.linear1(self.norm2(x))
+        hidden = F.gelu(hidden) if self.activation == "gelu" else F.relu(hidden)  # gelu by erf, as the weights need
+        return x + self._drop(self.linear2(self._drop(hidden)))
+
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """`x` `[B, S, D]`, projected text `[B, L, D]`, mask `[B, L]` -> `[B, S, D]`."""
+        x = x + self._drop(self.self_attn.causal(self.norm1(x)))
+        if self.has_cross:
+            keys, values = self.cross_attention.project_text(text)
+            x = x + self._drop(self.cross_attention.cross(self.norm_cross(x), keys, values, text_mask))
+        return self._feed_forward(x)
+
+    def step(self, x: Tensor, cache: Cache, layer: int) -> Tensor:
+        """One column `[B, 1, D]` with the cache of this layer."""
+        x = x + self.self_attn.causal_step(self.norm1(x), cache.keys[layer], cache.values[layer], cache.position)
+        if self.has_cross:
+            keys, values = cache.cross_keys[layer], cache.cross_values[layer]
+            x = x + self.cross_attention.cross(self.norm_cross(x), keys, values, cache.text_mask)
+        return self._feed_forward(x)
+
+
+class Transformer(nn.Module):
+    """Positions, then the blocks. The final norm belongs to the language model, where the reference keeps it."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        for index, block in enumerate(self.layers):
+            _init_block(block, index)
+
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """`x` `[B, S, D]` -> `[B, S, D]`; positions count from 0."""
+        x = x + sinusoid(torch.arange(x.shape[1], device=x.device), x.shape[2]).to(x.dtype)
+        for block in self.layers:
+            x = block(x, text, text_mask)
+        return x
+
+    def step(self, x: Tensor, cache: Cache) -> Tensor:
+        """One column `[B, 1, D]`; the caller advances `cache.position`."""
+        here = torch.full((1,), cache.position, device=x.device)
+        x = x + sinusoid(here, x.shape[2]).to(x.dtype)
+        for layer, block in enumerate(self.layers):
+            x = block.step(x, cache, layer)
+        return x
+
+
+def gaussian_(weight: Tensor, fan_in: int, depth: int | None = None) -> None:
+    """Reference `gaussian` init: normal of std 1/sqrt(fan_in) cut at three sigma, smaller by depth (`current`)."""
+    std = 1 / math.sqrt(fan_in)
+    if depth is not None:
+        std /= math.sqrt(2 * depth)
+    nn.init.trunc_normal_(weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
+
+
+def _init_block(block: nn.Module, index: int) -> None:
+    """Every Linear of the block; the packed in_proj keep their default (a raw parameter in the reference)."""
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            gaussian_(module.weight, module.in_features, depth=index + 1)
