@@ -1,0 +1,237 @@
+"""The shard format: writer, reader and index together. This file is the contract between ingest and training.
+
+    OUT/shards/<split>-<bucket>.tar   per track <key>.codes.npy (int16 [K, T]), <key>.chroma.npy (uint8 [T_c]) and
+                                      <key>.json, in this order
+    OUT/index.parquet                 one row per track, sorted by (shard, key), with byte offsets into the tars
+    OUT/dataset.json                  codec identity, settings, dataset version, shard hashes; written last
+
+The tars are plain WebDataset shards. Member times and owners are zero and order is by key, so equal tracks give equal
+bytes. Training reads at random through the index: codes are memory-mapped when the set is on the local disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import mmap
+import tarfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from musicgen.errors import UserError
+from pipelines.store import Place
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "valid", "test")
+PAYLOADS = ("codes", "chroma", "json")
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("track_id", pa.string()),
+        ("shard", pa.string()),
+        ("split", pa.string()),
+        ("artist", pa.string()),
+        ("work", pa.string()),
+        ("genre", pa.string()),
+        ("language", pa.string()),
+        ("frames", pa.int32()),
+        ("weight", pa.float32()),
+        ("duration_seconds", pa.float64()),
+        ("codes_offset", pa.int64()),
+        ("codes_bytes", pa.int64()),
+        ("chroma_offset", pa.int64()),
+        ("chroma_bytes", pa.int64()),
+        ("json_offset", pa.int64()),
+        ("json_bytes", pa.int64()),
+        ("licence", pa.string()),
+        ("withdrawn", pa.bool_()),
+        ("sha256", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One track on its way into a shard: three payloads as the bytes that the tar will hold."""
+
+    key: str
+    codes: bytes
+    chroma: bytes
+    json: bytes
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the three payloads, one after the other."""
+        return hashlib.sha256(self.codes + self.chroma + self.json).hexdigest()
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """An array as the bytes of a .npy file, C order."""
+    out = io.BytesIO()
+    np.lib.format.write_array(out, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return out.getvalue()
+
+
+def npy_array(buffer: Any) -> np.ndarray:
+    """The array in a .npy buffer, without copying it. Raises `ValueError` on anything else."""
+    head = io.BytesIO(bytes(buffer[:512]))
+    if np.lib.format.read_magic(head) != (1, 0):
+        raise ValueError("expected a version 1.0 .npy payload")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
+    if fortran or dtype.hasobject:
+        raise ValueError("expected a plain C-order .npy payload")
+    return np.frombuffer(buffer, dtype=dtype, offset=head.tell(), count=int(np.prod(shape))).reshape(shape)
+
+
+def json_bytes(meta: dict[str, Any]) -> bytes:
+    """Metadata as canonical JSON: sorted keys, UTF-8, nothing that differs between two runs."""
+    return json.dumps(meta, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def make_record(codes: np.ndarray, chroma: np.ndarray, meta: dict[str, Any]) -> Record:
+    """A track's record from codes [K, T] (any integer type), chroma [T_c] and its metadata (with `key`)."""
+    if codes.ndim != 2 or chroma.ndim != 1:
+        raise ValueError(f"expected codes [K, T] and chroma [T_c], got {codes.shape} and {chroma.shape}")
+    as_int16 = npy_bytes(codes.astype(np.int16))
+    return Record(meta["key"], as_int16, npy_bytes(chroma.astype(np.uint8)), json_bytes(meta))
+
+
+def write_tar(path: str, records: Iterable[Record]) -> list[dict[str, int | str]]:
+    """Write a shard to a local path; returns per track the offsets and sizes of its payloads and its hash.
+
+    Records must come in ascending order of key. The file is not synced or renamed here; see `Place.put_file`.
+    """
+    rows: list[dict[str, int | str]] = []
+    last = ""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for record in records:
+            if record.key <= last:
+                raise ValueError(f"records must ascend by key: {record.key} after {last}")
+            last = record.key
+            row: dict[str, int | str] = {"key": record.key, "sha256": record.sha256}
+            for name, payload in zip(("codes.npy", "chroma.npy", "json"), (record.codes, record.chroma, record.json)):
+                member = tarfile.TarInfo(f"{record.key}.{name}")
+                member.size, member.mtime, member.mode = len(payload), 0, 0o644
+                kind = name.split(".")[0]
+                row[f"{kind}_offset"] = tar.offset + tarfile.BLOCKSIZE  # a ustar header with a short name is one block
+                row[f"{kind}_bytes"] = len(payload)
+                tar.addfile(member, io.BytesIO(payload))
+            rows.append(row)
+    return rows
+
+
+def index_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """The index of a set: rows sorted by (shard, key), in the fixed schema."""
+    ordered = sorted(rows, key=lambda r: (r["shard"], r["key"]))
+    return pa.Table.from_pylist(ordered, schema=INDEX_SCHEMA)
+
+
+def table_bytes(table: pa.Table) -> bytes:
+    """A table as the bytes of a parquet file."""
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="zstd")
+    return out.getvalue()
+
+
+def dataset_version(index: pa.Table) -> str:
+    """Hash of the index's content (not of its parquet bytes, which a library version may change)."""
+    digest = hashlib.sha256()
+    for row in index.to_pylist():
+        digest.update(json_bytes(row) + b"\n")
+    return digest.hexdigest()
+
+
+class ShardSet:
+    """A finished data set, opened for random access. Build with `ShardSet.open(uri)`.
+
+    Attributes:
+        info: contents of dataset.json.
+        index: the index as a pyarrow table, one row per track.
+
+    Pickles without its open files, so it can travel to data-loader workers.
+    """
+
+    def __init__(self, root: Place, info: dict[str, Any], index: pa.Table) -> None:
+        self.root = root
+        self.info = info
+        self.index = index
+        columns = index.select([f"{p}_{what}" for p in PAYLOADS for what in ("offset", "bytes")])
+        self._extent = {name: column.to_numpy() for name, column in zip(columns.column_names, columns.columns)}
+        self._shard = index.column("shard").to_pylist()
+        self._maps: dict[str, mmap.mmap] = {}
+
+    @classmethod
+    def open(cls, uri: str) -> ShardSet:
+        """Open the set at a URI or path.
+
+        Raises:
+            UserError: there is no finished set, or it was written by another version of the format.
+        """
+        root = Place.at(uri)
+        if not (root / "dataset.json").is_file():
+            state = "exists but holds no finished data set" if root.exists() else "does not exist"
+            raise UserError(f"DATA={uri!r} {state} (no dataset.json). Run `make ingest CATALOG=… OUT={uri}` first")
+        info = json.loads((root / "dataset.json").read())
+        if info.get("schema_version") != SCHEMA_VERSION:
+            raise UserError(
+                f"{root}: data set of schema version {info.get('schema_version')}, this program reads "
+                f"{SCHEMA_VERSION}; ingest the catalogue again into a new folder"
+            )
+        return cls(root, info, read_index(root))
+
+    def __len__(self) -> int:
+        return self.index.num_rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    def rows(self, split: str) -> np.ndarray:
+        """Row numbers (int64) of a split in index order; withdrawn tracks are left out."""
+        if split not in SPLITS:
+            raise UserError(f"unknown split {split!r}; allowed: {', '.join(SPLITS)}")
+        split_of, withdrawn = (self.index.column(c).to_pylist() for c in ("split", "withdrawn"))
+        wanted = [s == split and not w for s, w in zip(split_of, withdrawn)]
+        return np.flatnonzero(np.asarray(wanted, dtype=bool)).astype(np.int64)
+
+    def codes(self, row: int) -> np.ndarray:
+        """Codes of a track, int16 [K, T]; a read-only view of the mapped file when the set is local."""
+        return npy_array(self._payload(row, "codes"))
+
+    def chroma(self, row: int) -> np.ndarray:
+        """Dominant chroma bin per chroma frame, uint8 [T_c]; 0-11, 255 = none."""
+        return npy_array(self._payload(row, "chroma"))
+
+    def meta(self, row: int) -> dict[str, Any]:
+        """The track's metadata: descriptions, caption variants, rights, analysis, hashes."""
+        return json.loads(bytes(self._payload(row, "json")))
+
+    def record(self, row: int) -> Record:
+        """The three payloads as bytes. Raises `ValueError` when they are not the ones that the index names."""
+        record = Record(
+            self.index.column("key")[row].as_py(), *(bytes(self._payload(row, payload)) for payload in PAYLOADS)
+        )
+        if record.sha256 != self.index.column("sha256")[row].as_py():
+            raise ValueError(f"{self._shard[row]}: track {record.key} does not match the index")
+        return record
+
+    def _payload(self, row: int, payload: str) -> Any:
+        offset, size = int(self._extent[f"{payload}_offset"][row]), int(self._extent[f"{payload}_bytes"][row])
+        shard = self._shard[row]
+        if not self.root.local:
+            return (self.root / shard).read_range(offset, size)
+        if shard not in self._maps:
+            with open((self.root / shard).path, "rb") as handle:
+                self._maps[shard] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        return memoryview(self._maps[shard])[offset : offset + size]
+
+
+def read_index(root: Place) -> pa.Table:
+    """The index table of the set at `root`."""
+    return pq.read_table(io.BytesIO((root / "index.parquet").read()), schema=INDEX_SCHEMA)
