@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from musicgen.errors import UserError
@@ -24,7 +25,7 @@ def local_path(uri: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def _remote(uri: str):
+def _remote(uri: str) -> tuple[Any, str]:
     from pyarrow import fs
 
     try:

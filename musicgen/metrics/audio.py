@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 
 import numpy as np
 import torch
@@ -34,10 +35,10 @@ def mono(audio: Audio) -> Tensor:
 def _mel_filters() -> Tensor:
     """HTK mel triangles without area normalisation, [MELS, N_FFT // 2 + 1]."""
 
-    def to_mel(hz: np.ndarray) -> np.ndarray:
-        return 2595.0 * np.log10(1.0 + hz / 700.0)
+    def to_mel(hz: float) -> float:
+        return 2595.0 * math.log10(1.0 + hz / 700.0)
 
-    edges_mel = np.linspace(to_mel(np.float64(F_MIN)), to_mel(np.float64(SAMPLE_RATE_HZ / 2)), MELS + 2)
+    edges_mel = np.linspace(to_mel(F_MIN), to_mel(SAMPLE_RATE_HZ / 2), MELS + 2)
     edges = 700.0 * (10.0 ** (edges_mel / 2595.0) - 1.0)
     bins = np.linspace(0.0, SAMPLE_RATE_HZ / 2, N_FFT // 2 + 1)
     rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
@@ -142,8 +143,8 @@ def opus(audio: Audio, bitrate: int = 6000) -> np.ndarray:
         for packet in (*stream.encode(frame), *stream.encode(None)):
             container.mux(packet)
     buffer.seek(0)
-    with av.open(buffer) as container:
-        parts = [f.to_ndarray().reshape(1, -1)[0] for f in container.decode(audio=0)]
+    with av.open(buffer, "r") as source:
+        parts = [f.to_ndarray().reshape(1, -1)[0] for f in source.decode(audio=0)]
     decoded = soxr.resample(np.concatenate(parts).astype(np.float32), 48000, SAMPLE_RATE_HZ, "HQ").astype(np.float32)
     return _align(signal, decoded)
 

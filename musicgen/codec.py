@@ -1,0 +1,330 @@
+"""Audio to codes and back: the EnCodec network of `transformers`, behind three methods.
+
+`load("demo")` is the codec that ships in `musicgen/assets/codec/`; any folder written by `transformers` or by our own
+trainer, and any hub name, loads the same way. A codec is known by its `identity`, a hash of the tensors that decide
+codes and sound and of the settings that shape them; shards and releases carry it, and mixing codecs is refused by name.
+
+Weights are stored as float16 without the running statistics of codebook training, and used in float32. Whole tracks
+are encoded in overlapping windows whose context is thrown away, one window at a time, so that a track's codes depend
+on the track alone. Architecture: Défossez et al. 2022; settings of the 32 kHz model: Copet et al. 2023, section 3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from musicgen.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import EncodecModel
+
+DEMO_FOLDER = Path(__file__).parent / "assets" / "codec"
+TRAINING_BUFFERS = (".inited", ".cluster_size", ".embed_avg")
+WINDOW_FRAMES = 500
+CONTEXT_FRAMES = 50
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Shape of an EnCodec network; the defaults are the paper's 32 kHz model (56.9 M parameters).
+
+    Args:
+        sample_rate_hz: rate of the audio.
+        channels: audio channels.
+        num_filters: width of the first convolution; doubles at each of the strides.
+        hidden_size: width of the latents and of the codebook vectors.
+        ratios: upsampling ratios in decoder order; their product is the hop.
+        num_lstm_layers: recurrent layers at the lowest rate.
+        num_codebooks: residual quantiser levels K.
+        codebook_size: entries per codebook, a power of two.
+    """
+
+    sample_rate_hz: int = 32_000
+    channels: int = 1
+    num_filters: int = 64
+    hidden_size: int = 128
+    ratios: tuple[int, ...] = (8, 5, 4, 4)
+    num_lstm_layers: int = 2
+    num_codebooks: int = 4
+    codebook_size: int = 2048
+
+    @property
+    def hop(self) -> int:
+        """Audio samples per frame."""
+        return int(np.prod(self.ratios))
+
+
+CODEC_SIZES: dict[str, CodecConfig] = {
+    "demo": CodecConfig(num_filters=16, hidden_size=64, ratios=(4, 4, 5, 8), num_lstm_layers=1),
+    "32khz": CodecConfig(),
+}
+
+
+def build(config: CodecConfig) -> EncodecModel:
+    """A `transformers.EncodecModel` of this shape with fresh weights (codebooks are zero until trained)."""
+    from transformers import EncodecConfig, EncodecModel
+
+    frame_rate = -(-config.sample_rate_hz // config.hop)
+    kbit_per_second = config.num_codebooks * frame_rate * (config.codebook_size.bit_length() - 1) / 1000
+    return EncodecModel(
+        EncodecConfig(
+            target_bandwidths=[kbit_per_second],
+            sampling_rate=config.sample_rate_hz,
+            audio_channels=config.channels,
+            normalize=False,
+            hidden_size=config.hidden_size,
+            num_filters=config.num_filters,
+            num_residual_layers=1,
+            upsampling_ratios=list(config.ratios),
+            use_causal_conv=False,
+            use_conv_shortcut=False,
+            pad_mode="reflect",
+            num_lstm_layers=config.num_lstm_layers,
+            codebook_size=config.codebook_size,
+        )
+    )
+
+
+def save(model: EncodecModel, folder: str | Path, *, dtype: torch.dtype = torch.float16) -> Path:
+    """Write `config.json` and `model.safetensors` (no training buffers); whole or absent.
+
+    The folder loads with `musicgen.codec.load` and with `transformers.EncodecModel.from_pretrained`.
+    """
+    import os
+    import tempfile
+
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        k: v.detach().to("cpu", dtype).contiguous()
+        for k, v in model.state_dict().items()
+        if not k.endswith(TRAINING_BUFFERS)
+    }
+    settings = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
+    settings.pop("transformers_version", None)
+    settings["architectures"] = ["EncodecModel"]
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        save_file(tensors, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
+        (Path(scratch) / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True, default=list) + "\n")
+        for name in ("model.safetensors", "config.json"):
+            os.replace(Path(scratch) / name, folder / name)
+    return folder
+
+
+class Codec:
+    """A frozen EnCodec in float32.
+
+    Attributes:
+        name: what was asked for: `demo`, a folder, or a hub name.
+        identity: sha256 of loaded tensors and settings, hex.
+        sample_rate, channels, hop, frame_rate, num_codebooks, codebook_size: see `CodecConfig`.
+    """
+
+    def __init__(self, model: EncodecModel, name: str) -> None:
+        self.name = name
+        self.identity = _identity(model)
+        self.model = _fold_weight_norm(model.float().eval().requires_grad_(False))
+        config = model.config
+        self.sample_rate: int = config.sampling_rate
+        self.channels: int = config.audio_channels
+        self.hop: int = config.hop_length
+        self.frame_rate: int = config.frame_rate
+        self.num_codebooks: int = config.num_quantizers
+        self.codebook_size: int = config.codebook_size
+
+    def to(self, device: str | torch.device) -> Codec:
+        """Move the network; returns self."""
+        self.model.to(device)  # type: ignore[arg-type]
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, audio: Tensor) -> Tensor:
+        """Audio `[B, C, N]` at `sample_rate` to codes `[B, K, ceil(N / hop)]` int64.
+
+        Raises:
+            UserError: wrong number of channels, no samples, or samples that are not finite.
+        """
+        if audio.ndim != 3 or audio.shape[1] != self.channels or audio.shape[2] == 0:
+            raise UserError(
+                f"codec {self.name!r} takes audio of shape [batch, {self.channels}, samples ≥ 1]; got {list(audio.shape)}"
+            )
+        if not bool(torch.isfinite(audio).all()):
+            raise UserError("the audio holds samples that are not finite numbers (NaN or infinity); repair or leave it out")
+        latents = self.model.encoder(audio.to(self.device, torch.float32))
+        return self.model.quantizer.encode(latents, None).transpose(0, 1)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes `[B, K, T]` to audio `[B, C, hop * T]` float32.
+
+        Raises:
+            UserError: another number of codebooks, or ids outside `0 … codebook_size - 1`.
+        """
+        if codes.ndim != 3 or codes.shape[1] != self.num_codebooks:
+            raise UserError(
+                f"codec {self.name!r} has {self.num_codebooks} codebooks and takes codes of shape "
+                f"[batch, {self.num_codebooks}, frames]; got {list(codes.shape)}"
+            )
+        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.codebook_size):
+            raise UserError(
+                f"codes must lie in 0…{self.codebook_size - 1}; got {int(codes.min())}…{int(codes.max())} "
+                "(a special token left in, or tokens of another codec)"
+            )
+        return self.model.decoder(self.embed(codes))
+
+    @torch.no_grad()
+    def embed(self, codes: Tensor) -> Tensor:
+        """Quantised latents of codes `[B, K, T]`: `[B, H, T]` float32, the decoder's input."""
+        return self.model.quantizer.decode(codes.to(self.device).transpose(0, 1))
+
+    def encode_track(
+        self, audio: np.ndarray, *, window_frames: int = WINDOW_FRAMES, context_frames: int = CONTEXT_FRAMES
+    ) -> np.ndarray:
+        """A whole track `[C, N]` float32 to codes `[K, ceil(N / hop)]` int16, in windows with context thrown away.
+
+        Each window holds `window_frames` kept frames and up to `context_frames` on either side. Windows are encoded
+        one by one: the codes depend on the track and these two numbers, never on what else is being encoded.
+        """
+        total = -(-audio.shape[-1] // self.hop)
+        parts: list[np.ndarray] = []
+        wave = torch.from_numpy(np.ascontiguousarray(audio, dtype=np.float32))
+        for start in range(0, total, window_frames):
+            stop = min(start + window_frames, total)
+            if total - stop < context_frames:  # a last sliver is encoded with its neighbour
+                stop = total
+            first, last = max(0, start - context_frames), min(total, stop + context_frames)
+            codes = self.encode(wave[None, :, first * self.hop : last * self.hop])[0]
+            parts.append(codes[:, start - first : stop - first].to(torch.int16).cpu().numpy())
+            if stop == total:
+                break
+        if not parts:
+            raise UserError("the track has no samples")
+        return np.concatenate(parts, axis=1)
+
+
+def load(source: str | Path = "demo", *, device: str | torch.device = "cpu") -> Codec:
+    """A codec by name: `demo` (embedded), a folder, or a hub name such as `facebook/encodec_32khz`.
+
+    Raises:
+        UserError: nothing there, or not an EnCodec; says what was tried and what to do.
+    """
+    from transformers import EncodecModel
+
+    name = str(source)
+    folder = DEMO_FOLDER if name == "demo" else Path(name)
+    if name == "demo" and not (folder / "model.safetensors").is_file():
+        raise UserError("the embedded demo codec is not in musicgen/assets/codec; rebuild it with `make assets`")
+    target: str = name
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+            raise UserError(f"CODEC {name!r} is a folder without config.json and model.safetensors; give a codec folder")
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        if kind != "encodec":
+            raise UserError(f"CODEC {name!r} holds a model of type {kind!r}; an EnCodec folder is needed")
+        target = str(folder)
+    elif name.startswith((".", "/")) or name.count("/") != 1:
+        raise UserError(f"CODEC {name!r} is neither 'demo', nor a folder here, nor a hub name (owner/model)")
+    with _quiet_transformers():
+        try:
+            model = EncodecModel.from_pretrained(target, dtype=torch.float32, use_safetensors=True)
+        except OSError as error:
+            raise UserError(
+                f"CODEC {name!r} is not here and could not be had from the hub ({type(error).__name__}). "
+                "Copy the model's folder to this machine and give its path, or use CODEC=demo"
+            ) from error
+    return Codec(model, name).to(device)
+
+
+def tiny(seed: int = 0) -> Codec:
+    """A small random codec with the demo's rates and codebooks, for tests: four filters, untrained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(CodecConfig(num_filters=4, hidden_size=16, ratios=(4, 4, 5, 8), num_lstm_layers=1))
+        spread = model.encoder(torch.randn(1, 1, 32_000) * 0.1).std().item()
+        for layer in model.quantizer.layers:
+            layer.codebook.embed.normal_(std=spread)
+    return Codec(model, "tiny")
+
+
+def describe(codec: Codec) -> dict[str, object]:
+    """What a data set or a release records about its codec."""
+    return {
+        "name": codec.name,
+        "identity": codec.identity,
+        "sample_rate_hz": codec.sample_rate,
+        "channels": codec.channels,
+        "frame_rate": codec.frame_rate,
+        "num_codebooks": codec.num_codebooks,
+        "codebook_size": codec.codebook_size,
+    }
+
+
+def _identity(model: EncodecModel) -> str:
+    """sha256 over settings and float32 tensors, by name, without the training buffers."""
+    config = model.config
+    shape = CodecConfig(
+        sample_rate_hz=config.sampling_rate,
+        channels=config.audio_channels,
+        num_filters=config.num_filters,
+        hidden_size=config.hidden_size,
+        ratios=tuple(config.upsampling_ratios),
+        num_lstm_layers=config.num_lstm_layers,
+        num_codebooks=config.num_quantizers,
+        codebook_size=config.codebook_size,
+    )
+    rest = {
+        name: getattr(config, name)
+        for name in (
+            "normalize", "norm_type", "kernel_size", "last_kernel_size", "residual_kernel_size", "pad_mode", "compress",
+            "dilation_growth_rate", "use_causal_conv", "use_conv_shortcut", "num_residual_layers", "trim_right_ratio",
+        )
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps([asdict(shape), rest], sort_keys=True, default=list).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.endswith(TRAINING_BUFFERS):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fold_weight_norm(model: EncodecModel) -> EncodecModel:
+    """Replace the weight-norm parametrisation by its product: same function, fewer operations per call."""
+    from torch.nn.utils import parametrize
+
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight")  # type: ignore[arg-type]
+    return model
+
+
+class _quiet_transformers:
+    """Keep `transformers` from reporting the training buffers that our files leave out on purpose."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf_logging
+
+        self.level = hf_logging.get_verbosity()
+        hf_logging.set_verbosity(logging.ERROR)
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *exc: object) -> None:
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.set_verbosity(self.level)
+        hf_logging.enable_progress_bar()
