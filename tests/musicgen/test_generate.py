@@ -1,0 +1,252 @@
+"""Prompt to sound with a small random model: addressed by seed and prompt, equal in a batch, clear refusals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from musicgen import codec as codecs
+from musicgen import generate, patterns, wav, weights
+from musicgen.conditioning import TextEncoder
+from musicgen.config import ConditionConfig, LMConfig
+from musicgen.errors import UserError
+from musicgen.lm import MusicLM
+from musicgen.sampling import SamplingConfig
+
+CONFIG = LMConfig(dim=64, num_layers=2, num_heads=2, condition=ConditionConfig("minilm", 384))
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release of a random model whose text matters, with a random codec beside it."""
+    folder = tmp_path_factory.mktemp("model")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        small = codecs.build(codecs.CodecConfig(num_filters=4, hidden_size=16, ratios=(4, 4, 5, 8), num_lstm_layers=1))
+        for layer in small.quantizer.layers:
+            layer.codebook.embed.normal_(std=0.1)
+        codecs.save(small, folder / "codec")
+        lm = MusicLM(CONFIG)
+        lm.text_projection.weight.data.mul_(20)
+    codec = codecs.load(folder / "codec")
+    encoder = TextEncoder.load("minilm")
+    info = {
+        "codec": {"name": codec.name, "identity": codec.identity},
+        "text_encoder": {"name": "minilm", "identity": encoder.identity},
+        "training": {"step": 0, "data_version": "d1", "crop_seconds": 1.0},
+        "licence": "Apache-2.0",
+    }
+    return weights.save_release(folder / "release", lm, info)
+
+
+@pytest.fixture(scope="module")
+def model(release: Path) -> generate.MusicGen:
+    return generate.load(release)
+
+
+def codes_of(
+    model: generate.MusicGen, prompts: list[str | None], seeds: list[int], config: SamplingConfig | None = None
+) -> torch.Tensor:
+    return generate.generate(model, prompts, 0.8, seeds, config)[1]
+
+
+def test_shapes_and_range(model: generate.MusicGen) -> None:
+    calls: list[tuple[int, int]] = []
+    audio, codes = generate.generate(
+        model, ["slow waltz", None], 0.81, [1, 2], progress=lambda done, total: calls.append((done, total))
+    )
+    assert audio.shape == (2, 1, round(0.81 * 32000)) and audio.dtype == torch.float32
+    assert codes.shape == (2, 4, 41) and int(codes.min()) >= 0 and int(codes.max()) < 2048
+    assert calls[0] == (1, 44) and calls[-1] == (44, 44)
+    assert torch.equal(model.codec.decode(codes[1:])[..., : audio.shape[-1]], audio[1:])
+
+
+def test_same_seed_same_tokens_other_seed_or_prompt_other_tokens(model: generate.MusicGen) -> None:
+    base = codes_of(model, ["slow waltz"], [1])
+    assert torch.equal(base, codes_of(model, ["slow waltz"], [1]))
+    for prompts, seeds in ((["slow waltz"], [2]), (["loud samba"], [1]), ([None], [1])):
+        other = codes_of(model, prompts, seeds)
+        assert (other != base).float().mean() > 0.3
+        assert (other[:, 0] != base[:, 0]).any()
+
+
+def test_alone_equals_in_a_batch(model: generate.MusicGen) -> None:
+    prompts = [
+        "slow waltz",
+        None,
+        "a long description of a lively reel with fiddle, bodhran and guitar in D",
+        "samba",
+        "x",
+    ]
+    seeds = [1, -5, 2**63 + 11, 4, 5]
+    batch = generate.generate(model, prompts, 0.8, seeds)
+    for i in range(len(prompts)):
+        audio, codes = generate.generate(model, prompts[i : i + 1], 0.8, seeds[i : i + 1])
+        assert torch.equal(codes[0], batch[1][i])
+        assert torch.equal(audio[0], batch[0][i])
+
+
+def test_a_longer_clip_begins_like_the_shorter(model: generate.MusicGen) -> None:
+    short = codes_of(model, ["slow waltz"], [1])
+    long = generate.generate(model, ["slow waltz"], 1.2, [1])[1]
+    assert torch.equal(short[:, 0], long[:, 0, :40])
+
+
+def test_cached_sampling_follows_the_full_forward(model: generate.MusicGen) -> None:
+    """Temperature 0 through the cache gives what the uncached, guided forward calls likeliest at every column."""
+    config = SamplingConfig(temperature=0.0, guidance=2.0)
+    text, mask = generate.encode_prompts(model, ["slow waltz"])
+    codes = generate.generate_codes(model.lm, text, mask, 12, [0], config)
+    columns, cells = patterns.interleave(codes, 2048)
+    with torch.no_grad():
+        with_text = model.lm(columns[..., :-1], text, mask)
+        without = model.lm(columns[..., :-1], torch.zeros_like(text), torch.zeros_like(mask))
+    expected = (without + 2.0 * (with_text - without)).argmax(-1)
+    inside = cells[None, :, 1:]
+    assert torch.equal(expected[inside], columns[..., 1:][inside])
+
+
+def test_guidance_one_is_no_guidance_and_more_changes_the_sound(model: generate.MusicGen) -> None:
+    config = SamplingConfig(guidance=1.0)
+    text, mask = generate.encode_prompts(model, ["slow waltz"])
+    rows: list[int] = []
+    start = MusicLM.start_cache
+
+    def counting(self: MusicLM, t: torch.Tensor, m: torch.Tensor, steps: int) -> object:
+        rows.append(len(t))
+        return start(self, t, m, steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MusicLM, "start_cache", counting)
+        plain = generate.generate_codes(model.lm, text, mask, 20, [1], config)
+        strong = generate.generate_codes(model.lm, text, mask, 20, [1], SamplingConfig(guidance=6.0))
+    assert rows == [1, 2], "without guidance no null row is computed"
+    assert not torch.equal(plain, strong)
+    near = generate.generate_codes(model.lm, text, mask, 20, [1], SamplingConfig(guidance=1.0 + 1e-9))
+    assert torch.equal(plain, near), "the guided path at 1 gives the unguided tokens"
+    none, nothing = generate.encode_prompts(model, [None])
+    assert torch.equal(
+        generate.generate_codes(model.lm, none, nothing, 20, [1], SamplingConfig(guidance=6.0)),
+        generate.generate_codes(model.lm, none, nothing, 20, [1], config),
+    ), "there is nothing to guide to without a prompt"
+
+
+def test_top_k_one_ignores_the_seed(model: generate.MusicGen) -> None:
+    assert torch.equal(
+        codes_of(model, ["slow waltz"], [1], SamplingConfig(top_k=1)),
+        codes_of(model, ["slow waltz"], [2], SamplingConfig(temperature=0.0)),
+    )
+
+
+@pytest.mark.parametrize("duration", [0.0, -3.0, float("nan"), float("inf"), 301.0])
+def test_impossible_durations(model: generate.MusicGen, duration: float) -> None:
+    with pytest.raises(UserError, match=r"DURATION=.* is not possible; give seconds from 0.1 to 300"):
+        generate.generate(model, ["waltz"], duration, [1])
+
+
+def test_shortest_clip_works(model: generate.MusicGen) -> None:
+    assert generate.generate(model, ["waltz"], 0.1, [1])[0].shape == (1, 1, 3200)
+
+
+def test_bad_requests(model: generate.MusicGen) -> None:
+    with pytest.raises(UserError, match="PROMPT is empty"):
+        generate.generate(model, ["  "], 1.0, [1])
+    with pytest.raises(UserError, match="top_k is 5000, but a codebook has 2048 codes"):
+        generate.generate(model, ["waltz"], 1.0, [1], SamplingConfig(top_k=5000))
+    with pytest.raises(ValueError, match="2 prompts need 2 seeds, got 1"):
+        generate.generate(model, ["a", "b"], 1.0, [1])
+
+
+def test_hints_for_unknown_script_and_length(model: generate.MusicGen) -> None:
+    assert generate.hints(model, "slow waltz for piano", 1.0) == []
+    (unknown,) = generate.hints(model, "ຂຶ້ນພູ ຟັງດົນຕີ ຂອງພູມໃຈ", 1.0)
+    assert "does not know" in unknown and "%" in unknown
+    (length,) = generate.hints(model, "slow waltz", 2.0)
+    assert "learned from 1 s" in length
+
+
+def test_another_codec_or_none_is_refused(release: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="trained on tokens of codec"):
+        generate.load(release, codec=codecs.tiny(seed=3))
+    with pytest.raises(UserError, match=r"needs codec .* could not be loaded.* Give its folder with --codec"):
+        generate.load(release, codec=str(tmp_path / "gone"))
+
+
+def _command(release: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "PROMPT"} | environment
+    return subprocess.run(
+        [sys.executable, "-m", "musicgen.generate", "--model", str(release), *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_command_same_seed_same_bytes_and_marking(release: Path, tmp_path: Path) -> None:
+    """The prompt travels by the environment, so quotes, `$` and any script survive."""
+    prompt = "a \"quoted\" $HOME 'waltz' — вальс"
+    one, two = tmp_path / "one.wav", tmp_path / "two" / "clip.wav"
+    common = ("--duration", "0.5", "--seed", "7")
+    for out in (one, two):
+        done = _command(release, *common, "--out", str(out), PROMPT=prompt)
+        assert done.returncode == 0, done.stderr
+    assert one.read_bytes() == two.read_bytes()
+    samples, rate = soundfile.read(one)
+    assert rate == 32000 and samples.shape == (16000,) and np.abs(samples).max() > 0
+    mark = wav.read_marking(one)
+    info = weights.read_info(release)
+    assert mark["generated"] is True and mark["prompt"] == prompt and mark["seed"] == 7
+    assert mark["model"]["sha256"] == info["weights"]["sha256"]
+    assert mark["codec"] == info["codec"] and mark["data_version"] == "d1"
+    assert mark["sampling"] == {"top_k": 250, "top_p": 0.0, "temperature": 1.0, "guidance": 3.0}
+    assert str(tmp_path) not in {**mark, "codec": ""}.__repr__()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "x", "--duration", "0"], "DURATION=0 is not possible"),
+        (["--prompt", "x", "--duration", "ten"], "duration"),
+        (["--prompt", "x", "--sampling.top_k", "-4"], "top_k is -4"),
+        (["--prompt", "x", "--sampling.topk", "4"], "did you mean 'sampling.top_k'"),
+        (["--prompt", "x", "--out", "song.mp3"], "must end in .wav"),
+        (["--prompt", "x", "--device", "cuda:9"], "device 'cuda:9' cannot be used"),
+        ([], "PROMPT is empty"),
+    ],
+)
+def test_command_refuses_in_words(
+    release: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from musicgen import settings
+
+    monkeypatch.delenv("PROMPT", raising=False)
+    monkeypatch.setattr(sys, "argv", ["generate", "--model", str(release), *arguments])
+    with pytest.raises(SystemExit) as caught:
+        settings.run(generate.main)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_command_warns_of_an_unknown_script_and_still_plays(
+    release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "clip.wav"
+    argv = ["--model", str(release), "--duration", "0.3", "--out", str(out), "--prompt", "ຂຶ້ນພູ ຟັງດົນຕີ"]
+    assert generate.main(argv) == 0
+    assert "warning: the text encoder 'minilm' does not know" in capsys.readouterr().err
+    assert out.is_file()
+    assert generate.main([*argv[:-2], "--unconditional", "true"]) == 0
+    assert wav.read_marking(out)["prompt"] is None

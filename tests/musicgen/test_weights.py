@@ -1,0 +1,156 @@
+"""A release folder comes back as it was, and everything that is not one is refused in words."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from musicgen import codec as codecs
+from musicgen import weights
+from musicgen.config import ConditionConfig, LMConfig
+from musicgen.errors import UserError
+from musicgen.lm import MusicLM
+
+CONFIG = LMConfig(dim=32, num_layers=2, num_heads=2, condition=ConditionConfig("minilm", 384))
+INFO = {
+    "codec": {"name": "tiny", "identity": "c" * 64},
+    "text_encoder": {"name": "minilm", "identity": "e" * 64},
+    "training": {"step": 7, "audio_seconds_seen": 70.0, "data_version": "d1", "valid_loss": 6.5, "crop_seconds": 10.0},
+    "licence": "Apache-2.0",
+    "made_by": "tests",
+}
+
+
+@pytest.fixture(scope="module")
+def lm() -> MusicLM:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MusicLM(CONFIG).eval()
+
+
+def test_float32_round_trip_is_exact_and_records_what_it_is(lm: MusicLM, tmp_path: Path) -> None:
+    folder = weights.save_release(tmp_path / "release", lm, INFO)
+    before = torch.random.get_rng_state()
+    loaded, info = weights.load_release(folder)
+    assert torch.equal(before, torch.random.get_rng_state()), "loading must not spend the caller's randomness"
+    assert loaded.config == CONFIG and not loaded.training
+    for name, tensor in lm.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert {k: info[k] for k in INFO} == INFO
+    assert info["format"] == "musicgen-release" and info["weights"]["parameters"] == lm.num_parameters()
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["release"], "nothing temporary is left"
+
+
+def test_float16_is_half_the_size_and_upcast_at_load(lm: MusicLM, tmp_path: Path) -> None:
+    full = weights.save_release(tmp_path / "full", lm, INFO)
+    half = weights.save_release(tmp_path / "half", lm, INFO, torch.float16)
+    ratio = (half / "model.safetensors").stat().st_size / (full / "model.safetensors").stat().st_size
+    assert ratio < 0.52
+    loaded, _ = weights.load_release(half)
+    state = loaded.state_dict()
+    assert {t.dtype for t in state.values()} == {torch.float32}
+    for name, tensor in lm.state_dict().items():
+        assert torch.equal(state[name], tensor.half().float())
+
+
+def test_saving_again_replaces_and_a_failed_save_keeps_the_old_one(
+    lm: MusicLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "release"
+    weights.save_release(target, lm, INFO)
+    weights.save_release(target, lm, {**INFO, "training": {"step": 8}})
+    assert weights.read_info(target)["training"]["step"] == 8
+
+    def full_disk(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        with pytest.raises(UserError, match="No space left"):
+            weights.save_release(target, lm, {**INFO, "training": {"step": 9}})
+    assert weights.load_release(target)[1]["training"]["step"] == 8
+    assert [p.name for p in tmp_path.iterdir()] == ["release"]
+
+
+def test_a_uri_reads_the_same(lm: MusicLM, tmp_path: Path) -> None:
+    folder = weights.save_release(tmp_path / "release", lm, INFO)
+    assert weights.load_release(folder.as_uri())[1] == weights.load_release(folder)[1]
+
+
+def test_another_codec_is_refused_by_name(lm: MusicLM, tmp_path: Path) -> None:
+    codec = codecs.tiny()
+    info = {**INFO, "codec": {"name": "tiny", "identity": codec.identity}}
+    weights.check_codec(info, codec)
+    with pytest.raises(UserError, match=r"trained on tokens of codec 'tiny'.*but codec 'tiny'") as caught:
+        weights.check_codec(info, codecs.tiny(seed=1))
+    assert codec.identity[:12] in str(caught.value) and codecs.tiny(seed=1).identity[:12] in str(caught.value)
+
+
+def test_what_is_not_a_release_is_refused_with_what_to_do(lm: MusicLM, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere' does not exist; give 'demo' or the release folder"):
+        weights.load_release(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"config.json is missing"):
+        weights.load_release(tmp_path)
+    run = tmp_path / "run"
+    weights.save_release(run / "release", lm, INFO)
+    with pytest.raises(UserError, match=r"did you mean .*run/release"):
+        weights.load_release(run)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match="'llama' instead of format 'musicgen-release'"):
+        weights.load_release(foreign)
+    (foreign / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        weights.load_release(foreign)
+
+
+def test_damaged_weights_are_refused_and_nothing_is_unpickled(lm: MusicLM, tmp_path: Path) -> None:
+    folder = weights.save_release(tmp_path / "release", lm, INFO)
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="sha256 differs"):
+        weights.load_release(folder)
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="sha256 differs"):
+        weights.load_release(folder)
+    file.unlink()
+    with pytest.raises(UserError, match=r"model.safetensors is missing"):
+        weights.load_release(folder)
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (Path(tmp_path / "sprung"),))  # type: ignore[return-value]
+
+    import hashlib
+
+    file.write_bytes(pickle.dumps(Trap()))
+    info = json.loads((folder / "config.json").read_text())
+    info["weights"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (folder / "config.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="not a safetensors file"):
+        weights.load_release(folder)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_weights_of_another_shape_and_another_schema_are_refused(lm: MusicLM, tmp_path: Path) -> None:
+    folder = weights.save_release(tmp_path / "release", lm, INFO)
+    info = json.loads((folder / "config.json").read_text())
+    info["lm"]["num_layers"] = 3
+    (folder / "config.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"does not fit the settings"):
+        weights.load_release(folder)
+    info["lm"]["num_layerz"] = 3
+    (folder / "config.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"num_layers"):
+        weights.load_release(folder)
+    info["schema_version"] = 99
+    (folder / "config.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"schema 99, this program reads 1"):
+        weights.load_release(folder)
