@@ -38,7 +38,8 @@ def _remote(uri: str) -> tuple[Any, str]:
 
 def join(folder: str | os.PathLike[str], name: str) -> str:
     """`folder/name` for a path or a URI."""
-    return f"{os.fspath(folder).rstrip('/')}/{name}"
+    place, _, query = os.fspath(folder).partition("?") if "://" in os.fspath(folder) else (os.fspath(folder), "", "")
+    return f"{place.rstrip('/')}/{name}" + (f"?{query}" if query else "")
 
 
 def exists(uri: str | os.PathLike[str]) -> bool:

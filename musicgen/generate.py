@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from musicgen.lm import MusicLM
 
 MIN_SECONDS, MAX_SECONDS = 0.1, 300.0
+_DURATION_ADVICE = f"give seconds from {MIN_SECONDS:g} to {MAX_SECONDS:g}, such as DURATION=10"
 _DEFAULTS = Path(__file__).parent.parent / "configs" / "generate" / "default.yaml"
 _TEXT_BUCKET = 32  # text is padded to a multiple, so that a batch and a single prompt take the same kernels
 
@@ -103,10 +104,7 @@ def _device(name: str) -> torch.device:
 def check_duration(duration_seconds: float) -> float:
     """The duration; raises `UserError` when it is not a number in the allowed range."""
     if not (math.isfinite(duration_seconds) and MIN_SECONDS <= duration_seconds <= MAX_SECONDS):
-        raise UserError(
-            f"DURATION={duration_seconds:g} is not possible; give seconds from {MIN_SECONDS:g} to {MAX_SECONDS:g}, "
-            "such as DURATION=10"
-        )
+        raise UserError(f"DURATION={duration_seconds:g} is not possible; {_DURATION_ADVICE}")
     return duration_seconds
 
 
@@ -290,7 +288,13 @@ def _check_out(out: str) -> None:
 def main(argv: Sequence[str]) -> int:
     """`python -m musicgen.generate`: see `GenerateConfig`."""
     layers = [_DEFAULTS] if _DEFAULTS.is_file() else []
-    config = settings.parse(GenerateConfig, argv, layers=layers, prog="python -m musicgen.generate")
+    try:
+        config = settings.parse(GenerateConfig, argv, layers=layers, prog="python -m musicgen.generate")
+    except settings.SettingsError as error:
+        if '"duration"' not in str(error):
+            raise
+        given = str(error).rsplit("Got value: ", 1)[-1].strip()
+        raise UserError(f"DURATION={given} is not a number; {_DURATION_ADVICE}") from None
     prompt = None if config.unconditional else (config.prompt or os.environ.get("PROMPT", "")).strip()
     if prompt == "":
         raise UserError(EMPTY_PROMPT)

@@ -214,7 +214,7 @@ def test_command_same_seed_same_bytes_and_marking(release: Path, tmp_path: Path)
     ("arguments", "message"),
     [
         (["--prompt", "x", "--duration", "0"], "DURATION=0 is not possible"),
-        (["--prompt", "x", "--duration", "ten"], "duration"),
+        (["--prompt", "x", "--duration", "ten"], "DURATION=ten is not a number; give seconds from 0.1 to 300"),
         (["--prompt", "x", "--sampling.top_k", "-4"], "top_k is -4"),
         (["--prompt", "x", "--sampling.topk", "4"], "did you mean 'sampling.top_k'"),
         (["--prompt", "x", "--out", "song.mp3"], "must end in .wav"),
