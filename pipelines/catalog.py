@@ -1,0 +1,471 @@
+"""Catalogue rows: reading jsonl, csv and parquet into one schema, with every problem of every row reported at once.
+
+A row says where a track is, what it is, and on which terms it may be used. Two kinds of fault stop a run, because they
+mean that the file as a whole is not what it should be: columns that do not exist or hold another type, and two rows
+with one id; all of them are named together. Any other fault belongs to its row, which is then rejected as
+`invalid_row` with all its problems in the message.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import difflib
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from musicgen.errors import UserError
+from pipelines.rights import PERPETUAL
+from pipelines.store import Place
+
+FORMATS = (".jsonl", ".ndjson", ".csv", ".parquet")
+
+# name -> kind; one place for every column that exists
+COLUMNS = {
+    "track_id": "text",
+    "uri": "text",
+    "title": "text",
+    "artist": "text",
+    "work": "text",
+    "genre": "text",
+    "moods": "texts",
+    "instruments": "texts",
+    "bpm": "number",
+    "key": "text",
+    "language": "text",
+    "region": "text",
+    "era": "text",
+    "descriptions": "descriptions",
+    "rights": "record",
+}
+RIGHTS = {
+    "rightsholders": "records",
+    "licence": "text",
+    "licence_doc_sha256": "text",
+    "grants": "texts",
+    "territory": "texts",
+    "valid_from": "date",
+    "valid_until": "date",
+    "consent_evidence": "text",
+    "opt_out_signals": "list",
+    "isrc": "text",
+    "ai_contribution": "any",
+    "status": "text",
+}
+_KIND_WORDS = {
+    "text": "text",
+    "texts": "a list of texts",
+    "number": "a number",
+    "descriptions": 'a list of {"text", "language"}',
+    "record": "an object",
+    "records": "a list of objects",
+    "date": "a date YYYY-MM-DD",
+    "list": "a list",
+    "any": "anything",
+}
+_ISRC = re.compile(r"[A-Z]{2}[A-Z0-9]{3}\d{7}")
+_LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
+
+
+class CatalogError(UserError):
+    """Faults that stop a run; `problems` holds all of them."""
+
+    def __init__(self, where: str, problems: list[str]) -> None:
+        self.problems = problems
+        lines = "\n".join(f"  - {p}" for p in problems)
+        super().__init__(f"{where}: {len(problems)} problem(s) that stop the run:\n{lines}\nNothing was written.")
+
+
+class _WrongType(Exception):
+    def __init__(self, found: str) -> None:
+        self.found = found
+
+
+@dataclass(frozen=True)
+class Row:
+    """One catalogue row in the schema.
+
+    Attributes:
+        number: 1-based position among the data rows.
+        values: every column of `COLUMNS`, absent ones as None or an empty list; `rights` likewise.
+        problems: faults of this row; a row with problems is rejected as `invalid_row`.
+    """
+
+    number: int
+    values: dict[str, Any]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def track_id(self) -> str | None:
+        """The catalogue's id of the track; None when the row lacks it."""
+        return self.values.get("track_id")
+
+    @property
+    def rights(self) -> dict[str, Any]:
+        """The rights record."""
+        return self.values["rights"]
+
+    @property
+    def digest(self) -> str:
+        """Hash of the content; changes when anything in the row does."""
+        text = json.dumps(self.values, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """All rows of a catalogue and the folder that relative audio addresses start from."""
+
+    rows: list[Row]
+    folder: Place
+
+
+def read(uri: str) -> Catalog:
+    """Read and validate a catalogue.
+
+    Raises:
+        UserError: missing, empty, unreadable, or of an unknown format.
+        CatalogError: unknown columns, wrong types, duplicate ids; all of them.
+    """
+    place = Place.at(uri)
+    suffix = "." + place.name.rsplit(".", 1)[-1].lower()
+    if suffix not in FORMATS:
+        raise UserError(f"CATALOG={uri!r}: unknown format {suffix!r}; allowed: {', '.join(FORMATS)}")
+    try:
+        data = place.read()
+    except (FileNotFoundError, IsADirectoryError):
+        near = _neighbours(place)
+        raise UserError(f"CATALOG={uri!r} does not exist" + (f"; in that folder: {near}" if near else "")) from None
+    except OSError as error:
+        raise UserError(f"CATALOG={uri!r} cannot be read: {error}") from error
+    raw = _read_parquet(data, uri) if suffix == ".parquet" else _read_text(data, suffix, uri)
+    if not raw:
+        raise UserError(f"CATALOG={uri!r} has no rows")
+    return Catalog(validate(raw, str(place), from_text=suffix == ".csv"), place.parent)
+
+
+def _neighbours(place: Place) -> str:
+    try:
+        names = [n for n in place.parent.list() if n.endswith(FORMATS)]
+    except OSError:
+        return ""
+    return ", ".join(names[:8])
+
+
+def _read_parquet(data: bytes, uri: str) -> list[Any]:
+    try:
+        return pq.read_table(io.BytesIO(data)).to_pylist()
+    except Exception as error:  # pyarrow raises many kinds on a file that is not parquet
+        raise UserError(f"CATALOG={uri!r} is not a readable parquet file: {error}") from error
+
+
+def _read_text(data: bytes, suffix: str, uri: str) -> list[Any]:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"CATALOG={uri!r} is not UTF-8 text: {error}") from error
+    if suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""), restkey="(cells beyond the header)")
+        header = reader.fieldnames or []
+        twice = sorted({h for h in header if header.count(h) > 1})
+        if twice:
+            raise UserError(f"CATALOG={uri!r}: the header names a column twice: {', '.join(twice)}")
+        return list(reader)
+    rows: list[Any] = []
+    for line in text.split("\n"):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                rows.append(f"not JSON: {error}")
+    return rows
+
+
+def validate(raw: list[Any], where: str, *, from_text: bool = False) -> list[Row]:
+    """Raw rows (dicts; a text is the reason why a line could not be read) to `Row`s.
+
+    Args:
+        raw: one item per data row.
+        where: name of the catalogue for messages.
+        from_text: cells are text (csv): numbers are parsed, lists and objects are JSON, lists of texts may also be
+            separated by commas.
+    """
+    rows: list[Row] = []
+    wrong: dict[tuple[str, str], list[int]] = {}
+    unknown: dict[str, list[int]] = {}
+    for number, item in enumerate(raw, 1):
+        if not isinstance(item, dict):
+            reason = item if isinstance(item, str) else f"expected an object, got {_name(item)}"
+            rows.append(Row(number, _empty(), (reason,)))
+            continue
+        values = _empty()
+        for name, given in _unflatten(item).items():
+            if name not in COLUMNS:
+                unknown.setdefault(name, []).append(number)
+                continue
+            try:
+                values[name] = _convert(given, COLUMNS[name], values[name], from_text)
+            except _WrongType as error:
+                wrong.setdefault((name, error.found), []).append(number)
+        record = values["rights"]
+        values["rights"] = rights = _empty_rights()
+        for name, given in record.items():
+            if name not in RIGHTS:
+                unknown.setdefault(f"rights.{name}", []).append(number)
+                continue
+            try:
+                rights[name] = _convert(given, RIGHTS[name], rights[name], from_text)
+            except _WrongType as error:
+                wrong.setdefault((f"rights.{name}", error.found), []).append(number)
+        rows.append(Row(number, values))
+    problems = [_unknown_message(name, numbers) for name, numbers in unknown.items()]
+    for (name, found), numbers in wrong.items():
+        kind = COLUMNS.get(name) or RIGHTS[name.removeprefix("rights.")]
+        problems.append(f"column {name!r} holds {found} where {_KIND_WORDS[kind]} is needed, in {_rows(numbers)}")
+    ids: dict[str, list[int]] = {}
+    for row in rows:
+        if row.track_id:
+            ids.setdefault(row.track_id, []).append(row.number)
+    problems += [f"track_id {i!r} is given to {_rows(n)}" for i, n in ids.items() if len(n) > 1]
+    if problems:
+        raise CatalogError(where, problems)
+    return [row if row.problems else Row(row.number, row.values, tuple(_value_problems(row.values))) for row in rows]
+
+
+def _empty() -> dict[str, Any]:
+    values: dict[str, Any] = {n: [] if k in ("texts", "descriptions") else None for n, k in COLUMNS.items()}
+    values["rights"] = {}
+    return values
+
+
+def _empty_rights() -> dict[str, Any]:
+    return {n: [] if k in ("texts", "records", "list") else None for n, k in RIGHTS.items()}
+
+
+def _unflatten(item: dict[str, Any]) -> dict[str, Any]:
+    """`rights.licence` and friends gathered into `rights`; absent values left out."""
+    result = {n: v for n, v in item.items() if not (isinstance(n, str) and n.startswith("rights.")) and not _absent(v)}
+    flat = {n.removeprefix("rights."): v for n, v in item.items() if isinstance(n, str) and n.startswith("rights.")}
+    flat = {n: v for n, v in flat.items() if not _absent(v)}
+    if flat:
+        record = result.get("rights", {})
+        if isinstance(record, str):
+            record = _json(record)
+        if isinstance(record, dict):
+            result["rights"] = {**record, **flat}
+    return result
+
+
+def _absent(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true/false"
+    for kind, word in ((str, "text"), (int | float, "a number"), (dict, "an object"), (list, "a list")):
+        if isinstance(value, kind):
+            return word
+    return type(value).__name__
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise _WrongType(f"text that is not JSON ({text[:40]!r})") from None
+
+
+def _convert(value: Any, kind: str, default: Any, from_text: bool) -> Any:
+    """A cell in the form of the schema. Raises `_WrongType` naming what was found."""
+    if from_text and isinstance(value, str) and kind not in ("text", "date", "number"):
+        if kind == "texts" and not value.lstrip().startswith("["):
+            value = [part for part in value.split(",") if part.strip()]
+        elif not (kind == "any" and not value.lstrip().startswith(("{", "["))):
+            value = _json(value)
+    if value is None:
+        return default
+    return _CONVERTERS[kind](value, from_text)
+
+
+def _text(value: Any, from_text: bool) -> str:
+    if not isinstance(value, str):
+        raise _WrongType(_name(value))
+    return value.strip()
+
+
+def _number(value: Any, from_text: bool) -> float:
+    if from_text and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise _WrongType(f"text ({value[:40]!r})") from None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _WrongType(_name(value) + (f" ({value[:40]!r})" if isinstance(value, str) else ""))
+    return float(value)
+
+
+def _texts(value: Any, from_text: bool) -> list[str]:
+    if not isinstance(value, list):
+        raise _WrongType(_name(value))
+    bad = [v for v in value if not isinstance(v, str)]
+    if bad:
+        raise _WrongType(f"a list with {_name(bad[0])} in it")
+    return [v.strip() for v in value if v.strip()]
+
+
+def _descriptions(value: Any, from_text: bool) -> list[dict[str, str]]:
+    if not isinstance(value, list):
+        raise _WrongType(_name(value))
+    result = []
+    for item in value:
+        if not isinstance(item, dict):
+            raise _WrongType(f"a list with {_name(item)} in it")
+        extra = sorted(set(item) - {"text", "language"})
+        if extra:
+            raise _WrongType(f"a description with the field {extra[0]!r}")
+        text, language = item.get("text") or "", item.get("language") or "und"
+        if not isinstance(text, str) or not isinstance(language, str):
+            raise _WrongType("a description whose text or language is not text")
+        result.append({"text": text.strip(), "language": language})
+    return result
+
+
+def _plain(value: Any) -> Any:
+    """Nested values without nulls and without types that JSON lacks."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return value.isoformat() if isinstance(value, datetime.date) else value
+
+
+def _record(value: Any, from_text: bool) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _WrongType(_name(value))
+    return {k: v for k, v in value.items() if not _absent(v)}
+
+
+def _records(value: Any, from_text: bool) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise _WrongType(_name(value))
+    bad = [v for v in value if not isinstance(v, dict)]
+    if bad:
+        raise _WrongType(f"a list with {_name(bad[0])} in it")
+    return _plain(value)
+
+
+def _date(value: Any, from_text: bool) -> str:
+    if isinstance(value, datetime.datetime):
+        return value.date().isoformat()
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    return _text(value, from_text)
+
+
+def _list(value: Any, from_text: bool) -> list[Any]:
+    if not isinstance(value, list):
+        raise _WrongType(_name(value))
+    return _plain(value)
+
+
+_CONVERTERS: dict[str, Callable[[Any, bool], Any]] = {
+    "text": _text,
+    "number": _number,
+    "texts": _texts,
+    "descriptions": _descriptions,
+    "record": _record,
+    "records": _records,
+    "date": _date,
+    "list": _list,
+    "any": lambda value, from_text: _plain(value),
+}
+
+
+def _value_problems(values: dict[str, Any]) -> Iterable[str]:
+    """Faults of one row whose types are right. Normalises the ISRC in place."""
+    for name in ("track_id", "uri", "artist"):
+        if not values[name]:
+            yield f"{name} is missing"
+    if values["track_id"] and (len(values["track_id"]) > 200 or not values["track_id"].isprintable()):
+        yield "track_id is longer than 200 characters or holds control characters"
+    bpm = values["bpm"]
+    if bpm is not None and not (math.isfinite(bpm) and 20 <= bpm <= 400):
+        yield f"bpm is {bpm:g}; allowed: 20 to 400"
+        values["bpm"] = None  # not-a-number is not JSON
+    for name, language in [("language", values["language"])] + [
+        (f"descriptions[{i}].language", d["language"]) for i, d in enumerate(values["descriptions"])
+    ]:
+        if language and not _LANGUAGE.fullmatch(language):
+            yield f"{name} is {language!r}; expected a tag such as en, pt-BR, or und"
+    for i, description in enumerate(values["descriptions"]):
+        if not description["text"]:
+            yield f"descriptions[{i}].text is empty"
+    yield from _rights_problems(values["rights"])
+
+
+def _rights_problems(rights: dict[str, Any]) -> Iterable[str]:
+    dates = {}
+    for name in ("valid_from", "valid_until"):
+        given = rights[name]
+        if given is None or (name == "valid_until" and given == PERPETUAL):
+            continue
+        try:
+            dates[name] = datetime.date.fromisoformat(given)
+        except ValueError:
+            yield f"rights.{name} is {given!r}; expected YYYY-MM-DD"
+    if len(dates) == 2 and dates["valid_from"] > dates["valid_until"]:
+        yield f"rights.valid_from {rights['valid_from']} is after valid_until {rights['valid_until']}"
+    if rights["isrc"] is not None:
+        isrc = re.sub(r"^ISRC|[\s-]", "", rights["isrc"].upper())
+        if _ISRC.fullmatch(isrc):
+            rights["isrc"] = isrc
+        else:
+            yield f"rights.isrc is {rights['isrc']!r}; expected 12 characters such as GBABC2400001"
+    if rights["status"] not in (None, "active", "expired", "withdrawn"):
+        yield f"rights.status is {rights['status']!r}; allowed: active, expired, withdrawn"
+    digest = rights["licence_doc_sha256"]
+    if digest is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+        yield "rights.licence_doc_sha256 is not 64 hexadecimal digits"
+    total: dict[str, float] = {}
+    for i, holder in enumerate(rights["rightsholders"]):
+        if not isinstance(holder.get("party"), str) or not holder["party"].strip():
+            yield f"rights.rightsholders[{i}].party is missing"
+        share = holder.get("share")
+        if share is not None and (
+            isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 100
+        ):
+            yield f"rights.rightsholders[{i}].share is {share!r}; expected a percentage above 0, at most 100"
+        elif share is not None:
+            role = str(holder.get("role") or "")
+            total[role] = total.get(role, 0.0) + share
+    yield from (
+        f"rights.rightsholders: shares of {r or 'all'} add up to {t:g} %" for r, t in total.items() if t > 100.01
+    )
+
+
+def _rows(numbers: list[int]) -> str:
+    """`row 3` or `rows 1-4, 9`."""
+    spans: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    return f"row{'s' if len(set(numbers)) > 1 else ''} {text}"
+
+
+def _unknown_message(name: str, numbers: list[int]) -> str:
+    known = [*COLUMNS, *(f"rights.{n}" for n in RIGHTS)]
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known columns: {', '.join(known)}"
+    return f"unknown column {str(name)!r} in {_rows(numbers)}; {hint}"

@@ -1,0 +1,137 @@
+"""The rights gate: licence terms in, admitted or rejected out. Unknown means rejected.
+
+A row is admitted only when everything that must be known is known and allows the purpose, in the territory, today:
+a recognisable licence, a rightsholder, evidence of consent, a grant for every purpose, a term that holds today, a
+territory that covers ours, an active status and no opt-out signal. The gate never guesses and never repairs.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipelines.checks import Reject
+
+PERPETUAL = "perpetual"
+
+_EU = "AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK"
+EU = frozenset(_EU.split())
+WORLD = frozenset({"WORLD", "WORLDWIDE", "001"})
+
+_NO_LICENCE = frozenset(
+    {"", "NONE", "NOASSERTION", "UNKNOWN", "UNLICENSED", "N/A", "ALL-RIGHTS-RESERVED", "PROPRIETARY"}
+)
+_KNOWN_LICENCE = re.compile(
+    r"(CC0-1\.0|CC-PDDC|CC-PDM-1\.0|CC-BY(-NC)?(-SA|-ND)?-(1\.0|2\.0|2\.5|3\.0|4\.0)(-[A-Z]{2,3})?|PDDL-1\.0|ODC-By-1\.0"
+    r"|ODbL-1\.0|LAL-1\.[23]|MIT(-0)?|Apache-2\.0|BSD-[23]-Clause|Unlicense|0BSD|ISC|Zlib"
+    r"|(DocumentRef-[A-Za-z0-9.-]+:)?LicenseRef-[A-Za-z0-9.-]+)\+?",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class RightsConfig:
+    """What the data is for, where and when.
+
+    Args:
+        purpose: every one must be granted: `train`, `generate_commercially`, `redistribute_tokens` or the deal's word.
+        territory: places (ISO 3166 two-letter codes, `EU`, or `WORLD`) that the rights must cover.
+        today: the day of the decision as YYYY-MM-DD; empty means the day of the run.
+    """
+
+    purpose: list[str] = field(default_factory=lambda: ["train"])
+    territory: list[str] = field(default_factory=lambda: ["WORLD"])
+    today: str = ""
+
+    def day(self) -> datetime.date:
+        """The day of the decision. Raises `ValueError` when it is not a date."""
+        return datetime.date.fromisoformat(self.today) if self.today else datetime.date.today()
+
+
+def licence_problem(expression: str | None) -> str | None:
+    """Why an SPDX licence expression cannot be recognised, or None when it can.
+
+    >>> licence_problem("CC-BY-4.0 OR LicenseRef-acme-2025") is None
+    True
+    """
+    if expression is None or expression.strip().upper().replace(" ", "-") in _NO_LICENCE:
+        return f"no licence given ({expression!r})" if expression else "no licence given"
+    tokens = re.findall(r"[()]|[^\s()]+", expression)
+    depth, expect_id = 0, True
+    for token in tokens:
+        if token == "(" and expect_id:
+            depth += 1
+        elif token == ")" and not expect_id and depth:
+            depth -= 1
+        elif token in ("AND", "OR") and not expect_id:
+            expect_id = True
+        elif expect_id and _KNOWN_LICENCE.fullmatch(token):
+            expect_id = False
+        elif expect_id and token not in ("AND", "OR", "WITH", ")"):
+            return f"licence {token!r} is not a known SPDX identifier; private deals are named LicenseRef-…"
+        else:
+            return f"licence expression {expression!r} cannot be read at {token!r}"
+    if depth or expect_id:
+        return f"licence expression {expression!r} is incomplete"
+    return None
+
+
+def covers(granted: Sequence[str], wanted: str) -> bool:
+    """Does a list of granted territories cover one wanted place?"""
+    have = {t.strip().upper() for t in granted}
+    want = wanted.strip().upper()
+    if have & WORLD:
+        return True
+    if want in WORLD:
+        return False
+    members = have | (EU if "EU" in have else frozenset())
+    return want in members or (want == "EU" and members >= EU)
+
+
+def admit(rights: dict[str, Any], config: RightsConfig, today: datetime.date) -> Reject | None:
+    """None when the rights record allows the use, else the `Reject`.
+
+    Every fault is in the message; the code is that of the first one in this order: withdrawn, opt-out, licence,
+    rightsholder, consent, grant, term, territory, status.
+    """
+    faults = list(_faults(rights, config, today))
+    if not faults:
+        return None
+    return Reject("rights", faults[0][0], "; ".join(message for _, message in faults))
+
+
+def _faults(rights: dict[str, Any], config: RightsConfig, today: datetime.date) -> Any:
+    status = rights.get("status")
+    if status == "withdrawn":
+        yield "withdrawn", "status is withdrawn"
+    signals = rights.get("opt_out_signals") or []
+    if signals:
+        yield "opt_out", f"{len(signals)} opt-out signal(s): {signals[0]!r}" + (" …" if len(signals) > 1 else "")
+    problem = licence_problem(rights.get("licence"))
+    if problem:
+        yield "no_licence", problem
+    if not rights.get("rightsholders"):
+        yield "no_rightsholder", "no rightsholder is named"
+    if not rights.get("consent_evidence"):
+        yield "no_consent", "no evidence of consent is named"
+    grants = {str(g).strip().lower() for g in rights.get("grants") or []}
+    lacking = [p for p in config.purpose if p.strip().lower() not in grants]
+    if lacking:
+        yield "not_granted", f"not granted: {', '.join(lacking)} (granted: {', '.join(sorted(grants)) or 'nothing'})"
+    start, end = rights.get("valid_from"), rights.get("valid_until")
+    if start is None or end is None:
+        missing = " and ".join(n for n, v in (("valid_from", start), ("valid_until", end)) if v is None)
+        yield "no_term", f"{missing} unknown (an open end is written {PERPETUAL!r})"
+    if start is not None and datetime.date.fromisoformat(start) > today:
+        yield "not_yet_valid", f"valid from {start}, today is {today}"
+    if status == "expired" or (end not in (None, PERPETUAL) and datetime.date.fromisoformat(str(end)) < today):
+        yield "expired", f"valid until {end}, today is {today}" + (", status expired" if status == "expired" else "")
+    territory = rights.get("territory") or []
+    outside = [t for t in config.territory if not covers(territory, t)]
+    if outside:
+        yield "territory", f"not covered: {', '.join(outside)} (granted: {', '.join(territory) or 'nowhere'})"
+    if status is None:
+        yield "no_status", "status unknown (active, expired or withdrawn)"

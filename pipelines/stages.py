@@ -1,0 +1,199 @@
+"""The life of one track as plain functions, without Ray.
+
+    fetch -> decode -> checks -> 32 kHz -> analysis, chroma   `prepare`  (CPU tasks)
+    -> codes                                                  `encode`   (codec actors)
+
+Each track ends as a `Result`: its codes, chroma and facts, or a reject with its reason. A result is one small file in
+the work folder, whole or absent, so that a killed run continues with what is missing. What depends on other tracks
+(duplicates, splits) and on the words of the catalogue (captions) is decided afterwards, in `pipelines.ingest`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from musicgen import codec as codecs
+from musicgen.errors import UserError
+from pipelines import analysis, audio, checks
+from pipelines.checks import CheckConfig, Reject
+from pipelines.store import Place
+
+
+@dataclass(frozen=True)
+class Job:
+    """A track to be prepared and encoded.
+
+    Attributes:
+        track_id: the catalogue's id.
+        source: where the audio is.
+        work_id: name of its result; changes with the source, the settings and the codec.
+        size: bytes of the source, to make batches of similar work.
+    """
+
+    track_id: str
+    source: Place
+    work_id: str
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class TrackSettings:
+    """What decides a track's facts and codes, and the limits of decoding it."""
+
+    checks: CheckConfig
+    decode: audio.DecodeConfig
+    analysis: str
+    sample_rate_hz: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A track on its way to the codec: audio [C, N] float32 at the codec's rate, chroma [T_c] uint8, facts."""
+
+    job: Job
+    audio: np.ndarray
+    chroma: np.ndarray
+    facts: dict[str, Any]
+
+    @property
+    def seconds(self) -> float:
+        """Length of the track."""
+        return float(self.facts["duration_seconds"])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a job.
+
+    Attributes:
+        facts: source_sha256 and, for a track, pcm_sha256, duration_seconds, analysis, source; for a reject, reject.
+        codes: [K, T] int16; None for a reject.
+        chroma: [T_c] uint8; None for a reject.
+    """
+
+    facts: dict[str, Any]
+    codes: np.ndarray | None = None
+    chroma: np.ndarray | None = None
+
+    @property
+    def reject(self) -> Reject | None:
+        """The reason of a rejection; None for a track."""
+        return reject_of(self.facts)
+
+
+def reject_of(facts: dict[str, Any]) -> Reject | None:
+    """The `Reject` inside a track's facts; None when there is none."""
+    return Reject(**facts["reject"]) if "reject" in facts else None
+
+
+def rejected(stage: str, code: str, message: str, source_sha256: str | None = None) -> Result:
+    """A result that is a reject."""
+    return Result({"source_sha256": source_sha256, "reject": asdict(Reject(stage, code, message))})
+
+
+def fetch(source: Place, attempts: int = 3) -> bytes:
+    """The source's bytes; a store that stumbles is asked again. Raises `FileNotFoundError` or the last `OSError`."""
+    for attempt in range(attempts):
+        try:
+            return source.read()
+        except (FileNotFoundError, IsADirectoryError):
+            raise
+        except OSError:
+            if attempt == attempts - 1:
+                raise
+            time.sleep(0.5 * 4**attempt)
+    raise AssertionError("unreachable")
+
+
+def prepare(job: Job, settings: TrackSettings, decoder: audio.Decoder) -> Prepared | Result:
+    """Everything before the codec for one track; a `Result` when it is rejected."""
+    try:
+        data = fetch(job.source)
+    except (FileNotFoundError, IsADirectoryError):
+        return rejected("source", "missing", f"no file at {job.source}")
+    except OSError as error:
+        return rejected("source", "missing", f"{job.source} cannot be read: {error}")
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        return _prepare(job, settings, decoder, data, sha256)
+    except audio.DecodeError as error:
+        return rejected("decode", error.code, error.message, sha256)
+    except MemoryError:
+        return rejected("prepare", "oom", "preparing the track needs more memory than there is", sha256)
+    except UserError:
+        raise
+    except Exception as error:  # one odd file must not end a run; the reason is kept and counted
+        return rejected("prepare", "crash", f"{type(error).__name__}: {error}", sha256)
+
+
+def _prepare(job: Job, settings: TrackSettings, decoder: audio.Decoder, data: bytes, sha256: str) -> Prepared | Result:
+    from musicgen.chroma import chroma_bins
+
+    decoded = decoder.decode(data)
+    audio.verify(decoded, settings.checks)
+    problem = checks.first(decoded.pcm, decoded.sample_rate_hz, settings.checks)
+    if problem is not None:
+        return rejected(problem.stage, problem.code, problem.message, sha256)
+    sound = audio.prepare(decoded.pcm, decoded.sample_rate_hz, settings.sample_rate_hz, settings.channels)
+    mono = sound.mean(0, dtype=np.float32) if sound.shape[0] > 1 else sound[0]
+    facts = {
+        "source_sha256": sha256,
+        "pcm_sha256": audio.pcm_sha256(decoded),
+        "duration_seconds": decoded.seconds,
+        "analysis": analysis.analyse(mono, settings.sample_rate_hz, settings.analysis),
+        "source": {
+            "codec": decoded.codec,
+            "sample_rate_hz": decoded.sample_rate_hz,
+            "channels": decoded.pcm.shape[0],
+            "bytes": len(data),
+        },
+    }
+    return Prepared(job, sound, chroma_bins(mono, settings.sample_rate_hz), facts)
+
+
+def encode(prepared: Prepared, codec: codecs.Codec) -> Result:
+    """Codes of a prepared track."""
+    if not np.isfinite(prepared.audio).all():
+        sha256 = prepared.facts["source_sha256"]
+        return rejected("codec", "codec_nonfinite", "the prepared audio holds values that are not finite", sha256)
+    codes = codec.encode_track(prepared.audio)
+    return Result(prepared.facts, codes.astype(np.int16), prepared.chroma)
+
+
+def load_codec(name: str) -> codecs.Codec:
+    """The codec of a setting: `demo`, `tiny` (small, random, for trying a catalogue out), a folder or a hub name."""
+    return codecs.tiny() if name == "tiny" else codecs.load(name)
+
+
+# --- results in the work folder -----------------------------------------------------------------------------------
+
+_SUFFIX = ".npz"
+
+
+def save(work: Place, work_id: str, result: Result) -> None:
+    """Keep a result, whole or not at all. Raises `DiskFull`."""
+    out = io.BytesIO()
+    arrays = {} if result.codes is None else {"codes": result.codes, "chroma": result.chroma}
+    facts = np.frombuffer(json.dumps(result.facts).encode(), dtype=np.uint8)
+    np.savez(out, facts=facts, **arrays)  # type: ignore[arg-type]
+    (work / f"{work_id}{_SUFFIX}").write(out.getvalue())
+
+
+def load(work: Place, work_id: str) -> Result:
+    """A kept result. Raises `FileNotFoundError`."""
+    with np.load(io.BytesIO((work / f"{work_id}{_SUFFIX}").read()), allow_pickle=False) as arrays:
+        facts = json.loads(arrays["facts"].tobytes())
+        return Result(facts, arrays["codes"], arrays["chroma"]) if "codes" in arrays else Result(facts)
+
+
+def kept(work: Place) -> set[str]:
+    """Ids of all results in the work folder."""
+    return {name.removesuffix(_SUFFIX) for name in work.list(_SUFFIX)}
