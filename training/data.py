@@ -1,0 +1,233 @@
+"""From shards to batches: random access through the index, crops by the plan, collation.
+
+A batch is addressed by its step. The stream below yields this rank's parts of step s, s+1, ... from wherever the run
+stands; it has no state of its own, and no shuffle buffer. Caption variants, word dropout and condition dropout are
+applied here and never at ingest; validation hears the raw description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from musicgen.conditioning import drop_words
+from musicgen.errors import UserError
+from pipelines.shard import ShardSet
+from training import plan
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """What a step reads.
+
+    Args:
+        crop_seconds: length of a crop.
+        size: items of the global batch, over all ranks and accumulated parts.
+        accumulate: parts into which a rank's share of the batch is split to save memory.
+        min_segment_ratio: least share of a crop inside its track.
+        sample_by: `tracks` draws each track alike (the reference), `seconds` each second of audio alike.
+        condition_dropout: probability per item of training without its condition (needed for guidance).
+        word_dropout: probability per word of a training caption of being dropped.
+        workers: processes that read ahead; 0 reads in the training process.
+        valid_crops: most crops that a validation scores.
+        valid_batch: crops per forward pass of validation, on each rank.
+    """
+
+    crop_seconds: float = 30.0
+    size: int = 192
+    accumulate: int = 1
+    min_segment_ratio: float = 0.8
+    sample_by: Literal["tracks", "seconds"] = "tracks"
+    condition_dropout: float = 0.2
+    word_dropout: float = 0.3
+    workers: int = 4
+    valid_crops: int = 1000
+    valid_batch: int = 16
+
+    def __post_init__(self) -> None:
+        if not 0.64 <= self.crop_seconds <= 300:
+            raise ValueError(f"batch.crop_seconds is {self.crop_seconds}; it must be 0.64 to 300 seconds")
+        for name, least in (("size", 1), ("accumulate", 1), ("workers", 0), ("valid_crops", 1), ("valid_batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"batch.{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("condition_dropout", "word_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"batch.{name} is {getattr(self, name)}; it must be in [0, 1]")
+        if not 0 < self.min_segment_ratio <= 1:
+            raise ValueError(f"batch.min_segment_ratio is {self.min_segment_ratio}; it must be above 0 and at most 1")
+
+
+@dataclass
+class Batch:
+    """This rank's part of a step.
+
+    Attributes:
+        codes: int16 `[B, K, T]`; padded frames hold 0 and are marked in `valid`.
+        valid: bool `[B, T]`.
+        texts: B captions; None is the null condition.
+        valid_frames: valid frames of every item of the *global* batch.
+        step: 0-based step, -1 in validation.
+        keys: the tracks' keys, for messages.
+    """
+
+    codes: Tensor
+    valid: Tensor
+    texts: list[str | None]
+    valid_frames: np.ndarray
+    step: int
+    keys: list[str]
+
+    def to(self, device: torch.device | str, **options: Any) -> Batch:
+        """The batch with its tensors on a device (Lightning calls this)."""
+        codes, valid = self.codes.to(device, **options), self.valid.to(device, **options)
+        return Batch(codes, valid, self.texts, self.valid_frames, self.step, self.keys)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory (the loader calls this where there is a GPU)."""
+        codes, valid = self.codes.pin_memory(), self.valid.pin_memory()
+        return Batch(codes, valid, self.texts, self.valid_frames, self.step, self.keys)
+
+
+def tracks_of(shards: ShardSet, split: str) -> plan.Tracks:
+    """The tracks of a split with at least one frame and a positive weight."""
+    rows = shards.rows(split)
+    frames = shards.index.column("frames").to_numpy()[rows].astype(np.int64)
+    weights = shards.index.column("weight").to_numpy()[rows].astype(np.float64)
+    usable = (frames > 0) & (weights > 0)
+    return plan.Tracks(rows[usable], frames[usable], weights[usable])
+
+
+def crop_rule(config: BatchConfig, frame_rate: float) -> plan.CropRule:
+    """The plan's rule for these settings at the codec's frame rate."""
+    frames = round(config.crop_seconds * frame_rate)
+    return plan.CropRule(frames, config.min_segment_ratio, config.sample_by, config.condition_dropout)
+
+
+def training_text(meta: dict[str, Any], item: plan.Item, word_dropout: float) -> str | None:
+    """The caption a training item hears: one of the variants, words dropped; None when its condition is dropped."""
+    variants = meta.get("captions") or meta.get("descriptions") or []
+    if not item.keep_condition or not variants:
+        return None
+    text = variants[int(item.caption * len(variants))]["text"]
+    return drop_words(text, word_dropout, np.random.default_rng(item.words)) or None
+
+
+def raw_text(meta: dict[str, Any]) -> str | None:
+    """The description as the catalogue gives it (the first one), or None."""
+    descriptions = meta.get("descriptions") or []
+    return (descriptions[0]["text"] or None) if descriptions else None
+
+
+def collate(shards: ShardSet, items: Sequence[plan.Item], texts: list[str | None], crop_frames: int) -> Batch:
+    """Read the crops of `items` into one batch; its `valid_frames` are those of these items."""
+    books = int(shards.info["codec"]["num_codebooks"])
+    codes = np.zeros((len(items), books, crop_frames), dtype=np.int16)
+    for row, item in enumerate(items):
+        codes[row, :, : item.frames] = shards.codes(item.row)[:, item.start : item.start + item.frames]
+    frames = np.array([item.frames for item in items], dtype=np.int64)
+    valid = np.arange(crop_frames)[None, :] < frames[:, None]
+    keys = shards.index.column("key")
+    return Batch(
+        codes=torch.from_numpy(codes),
+        valid=torch.from_numpy(valid),
+        texts=texts,
+        valid_frames=frames,
+        step=items[0].step,
+        keys=[keys[item.row].as_py() for item in items],
+    )
+
+
+class Stream(IterableDataset):
+    """This rank's batches from step `start` on, `accumulate` parts per step, without end.
+
+    Args:
+        start: first step.
+        rank, world: this process among all.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        config: BatchConfig,
+        *,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.shards, self.config = shards, config
+        self.seed, self.start, self.rank, self.world = seed, start, rank, world
+        self.rule = crop_rule(config, shards.info["codec"]["frame_rate"])
+        self.tracks = tracks_of(shards, "train")
+
+    def batch(self, step: int, part: int) -> Batch:
+        """Part `part` of this rank's share of step `step`."""
+        items, frames = plan.batch(
+            step, self.seed, self.tracks, self.rule, size=self.config.size, rank=self.rank, world=self.world
+        )
+        share = len(items) // self.config.accumulate
+        items = items[part * share : (part + 1) * share]
+        texts = [training_text(self.shards.meta(i.row), i, self.config.word_dropout) for i in items]
+        made = collate(self.shards, items, texts, self.rule.frames)
+        made.valid_frames = frames
+        return made
+
+    def __iter__(self) -> Iterator[Batch]:
+        # Worker w of n makes every n-th part; the loader takes them in turn, so the order is that of one process.
+        info = get_worker_info()
+        position, stride = (info.id, info.num_workers) if info else (0, 1)
+        while True:
+            yield self.batch(self.start + position // self.config.accumulate, position % self.config.accumulate)
+            position += stride
+
+
+def training_loader(stream: Stream, *, pin_memory: bool = False) -> DataLoader:
+    """A loader over the stream; batches come whole from the stream, so nothing is collated here."""
+    workers = stream.config.workers
+    return DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=False,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def validation_batches(shards: ShardSet, config: BatchConfig, *, rank: int = 0, world: int = 1) -> list[Batch]:
+    """This rank's part of the fixed validation crops; empty when the data set has no validation tracks."""
+    rule = crop_rule(config, shards.info["codec"]["frame_rate"])
+    items = plan.validation(tracks_of(shards, "valid"), rule, config.valid_crops)[rank::world]
+    parts = [items[i : i + config.valid_batch] for i in range(0, len(items), config.valid_batch)]
+    return [collate(shards, part, [raw_text(shards.meta(i.row)) for i in part], rule.frames) for part in parts]
+
+
+def check(shards: ShardSet, config: BatchConfig, *, world: int, num_codebooks: int, codebook_size: int) -> None:
+    """Refuse a data set that this model or these settings cannot train on.
+
+    Raises:
+        UserError: other codebooks than the model's, no training tracks, a batch that does not divide.
+    """
+    codec = shards.info["codec"]
+    if (codec["num_codebooks"], codec["codebook_size"]) != (num_codebooks, codebook_size):
+        raise UserError(
+            f"DATA holds tokens of codec {codec['name']!r} with {codec['num_codebooks']} codebooks of "
+            f"{codec['codebook_size']} codes; the model expects {num_codebooks} of {codebook_size}. "
+            "Ingest with the codec that belongs to the model, or set --lm.num_codebooks and --lm.codebook_size"
+        )
+    if len(tracks_of(shards, "train")) == 0:
+        raise UserError(
+            f"DATA={str(shards.root)!r} holds no training tracks ({len(shards)} tracks in all); "
+            "ingest more tracks: splits are decided by hash of artist and work"
+        )
+    if config.size % (world * config.accumulate):
+        raise UserError(
+            f"batch.size {config.size} must be a multiple of {world} processes x batch.accumulate "
+            f"{config.accumulate}; for instance {world * config.accumulate * max(1, config.size // world)}"
+        )

@@ -1,0 +1,173 @@
+"""The LightningModule: a thin caller of the language model, the loss and the optimiser.
+
+It holds what a step needs and nothing that decides which step it is: `step` counts completed steps of the run, over
+every resume. The frozen text encoder runs inside the step, without gradient, and is no part of the module's state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from musicgen import patterns
+from musicgen.conditioning import TextEncoder
+from musicgen.errors import UserError
+from musicgen.lm import MusicLM
+from training import loss, optim, plan
+from training.data import Batch
+from training.state import Progress, restore_optimizer
+
+
+class NonFiniteLoss(UserError):
+    """The loss or the gradient is not a number; the step's update was not made."""
+
+
+class MusicLMModule(pl.LightningModule):
+    """Training of a `MusicLM`.
+
+    Args:
+        lm: the model.
+        encoder: the frozen text encoder.
+        config: how the weights move.
+        total_steps: length of the schedule.
+        crop_frames: T of every batch.
+        accumulate: parts per step.
+        frame_rate: codec frames per second.
+        seed: of the residual dropout, where the model has any.
+    """
+
+    def __init__(
+        self,
+        lm: MusicLM,
+        encoder: TextEncoder,
+        config: optim.OptimConfig,
+        *,
+        total_steps: int,
+        crop_frames: int,
+        accumulate: int = 1,
+        frame_rate: float = 50.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.lm = lm
+        self.optim_config, self.total_steps = config, total_steps
+        self.crop_frames, self.accumulate, self.frame_rate = crop_frames, accumulate, frame_rate
+        self.seed = seed
+        self.ema = optim.EMA(lm, config.ema_decay)
+        self.progress = Progress()
+        self.optimizer_tensors: dict[str, Tensor] | None = None  # of the state resumed from, until the optimiser exists
+        self.sums = torch.zeros(lm.config.num_codebooks)
+        self.counts = torch.zeros(lm.config.num_codebooks)
+        self.grad_norm = torch.zeros(())
+        # In a tuple, so that torch does not take the encoder for a part of this module.
+        self._encoder = (encoder,)
+
+    @property
+    def encoder(self) -> TextEncoder:
+        """The frozen text encoder."""
+        return self._encoder[0]
+
+    def on_train_start(self) -> None:
+        """Bring all that Lightning does not know to its device; restore the optimiser of a resumed run."""
+        self.encoder.to(self.device)
+        self.ema.shadow = {name: t.to(self.device) for name, t in self.ema.shadow.items()}
+        self.sums, self.counts = self.sums.to(self.device), self.counts.to(self.device)
+        if self.optimizer_tensors is not None:
+            restore_optimizer(self.trainer.optimizers[0], self.lm, self.optimizer_tensors)
+            self.optimizer_tensors = None
+
+    def score(self, batch: Batch, text: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy sums `[K]` of this rank's items and target counts `[K]` of the batch's `valid_frames`."""
+        config = self.lm.config
+        hidden, mask = text if text is not None else self.encoder.encode(batch.texts)
+        inputs, targets, scored = patterns.training_columns(
+            batch.codes.long(), config.special_id, valid=batch.valid, tail=config.tail
+        )
+        sums = loss.cross_entropy_sums(self.lm.hidden(inputs, hidden, mask), list(self.lm.linears), targets, scored)
+        counts = plan.num_targets(batch.valid_frames, self.crop_frames, config.num_codebooks, config.tail)
+        return sums, torch.from_numpy(counts).to(sums)
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Loss of one part of a step, scaled so that all parts of all ranks add up to the global batch's mean."""
+        if self.lm.config.dropout:  # the only thing a step draws from torch's generators: address it too
+            torch.manual_seed(hash((self.seed, batch.step, batch_index % self.accumulate, self.global_rank)))
+        sums, counts = self.score(batch)
+        if not bool(torch.isfinite(sums.detach()).all()):
+            raise NonFiniteLoss(self._non_finite("loss", batch))
+        if batch_index % self.accumulate == 0:
+            self.sums.zero_()
+            self.progress.audio_seconds_seen += float(batch.valid_frames.sum()) / self.frame_rate
+        self.sums += sums.detach()
+        self.counts = counts
+        self._last_batch = batch
+        # DDP averages over ranks and Lightning divides by the parts: undo both, for the counts are global already.
+        return loss.mean_over_codebooks(sums, counts) * (self.trainer.world_size * self.accumulate)
+
+    def _non_finite(self, what: str, batch: Batch) -> str:
+        tracks = ", ".join(dict.fromkeys(batch.keys))
+        return (
+            f"the {what} is not finite at step {batch.step + 1} (tracks {tracks}); no update was made. "
+            "Lower --optim.lr, raise --optim.warmup_steps or use --hardware.precision float32, "
+            "and run again: it resumes from the last state"
+        )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over the language model."""
+        return optim.build_optimizer(self.lm.parameters(), self.optim_config)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Set the learning rate of this step."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the step that is being made."""
+        return optim.learning_rate(self.progress.step, self.total_steps, self.optim_config)
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Clip, keep the norm for the record, and stop before an update that would spoil the weights."""
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.lm.parameters(), self.optim_config.clip)
+        if not bool(torch.isfinite(self.grad_norm)):
+            raise NonFiniteLoss(self._non_finite("gradient", self._last_batch))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Update the weights; the step is then complete and the average follows."""
+        self.used_learning_rate = self.learning_rate
+        super().optimizer_step(*args, **kwargs)
+        self.progress.step += 1
+        if self.progress.step % self.optim_config.ema_every == 0:
+            self.ema.update(self.lm)
+
+    def step_metrics(self) -> dict[str, float]:
+        """Losses of the last step over the global batch, learning rate and gradient norm."""
+        sums = self.trainer.strategy.reduce(self.sums.clone(), reduce_op="sum")
+        return {
+            **loss.metrics(sums.tolist(), self.counts.tolist(), "train"),  # type: ignore[union-attr]
+            "train/lr": self.used_learning_rate,
+            "train/grad_norm": float(self.grad_norm),
+        }
+
+    @torch.no_grad()
+    def validate(self, batches: list[Batch], texts: dict[int, tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Validation losses with the averaged weights.
+
+        Args:
+            batches: this rank's fixed batches.
+            texts: encoded captions by batch, filled on first use.
+        """
+        sums, counts = torch.zeros_like(self.sums), torch.zeros_like(self.sums)
+        self.lm.eval()
+        with self.ema.swapped(self.lm), self.trainer.precision_plugin.val_step_context():
+            for number, batch in enumerate(batches):
+                if number not in texts:
+                    texts[number] = self.encoder.encode(batch.texts)
+                batch_sums, batch_counts = self.score(batch.to(self.device), texts[number])
+                sums += batch_sums
+                counts += batch_counts
+        self.lm.train()
+        both = self.trainer.strategy.reduce(torch.stack([sums, counts]), reduce_op="sum")
+        return loss.metrics(both[0].tolist(), both[1].tolist(), "valid")  # type: ignore[index]

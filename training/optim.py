@@ -1,0 +1,118 @@
+"""Optimiser, learning rate and the averaged weights, each addressed by the step.
+
+AdamW with decoupled decay on every parameter (norms and embeddings too, as the reference), a linear warm-up and a
+cosine, and an exponential moving average of the weights (EMA) with the reference's bias correction: the n-th update
+moves the average by 1 / (1 + d + d^2 + ...), so that the first one copies the model.
+
+Source: Copet et al. 2023, section 3; audiocraft `optim/ema.py`, `optim/cosine_lr_scheduler.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the weights move.
+
+    Args:
+        lr: peak learning rate.
+        warmup_steps: steps of linear warm-up from 0.
+        lr_min_ratio: where the cosine ends, as a share of `lr`.
+        beta1, beta2: moments of AdamW.
+        eps: AdamW's epsilon.
+        weight_decay: decoupled decay, on every parameter.
+        clip: largest norm of the gradient.
+        ema_decay: decay of the averaged weights at each of their updates.
+        ema_every: steps between two updates of the average.
+    """
+
+    lr: float = 1e-4
+    warmup_steps: int = 4000
+    lr_min_ratio: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    ema_decay: float = 0.99
+    ema_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("lr", 0, 10), ("clip", 0, math.inf), ("eps", 0, 1)):
+            if not low < getattr(self, name) <= high:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be above {low} and at most {high}")
+        for name in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        for name, least in (("warmup_steps", 0), ("lr_min_ratio", 0), ("weight_decay", 0), ("ema_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Learning rate of 0-based step `step` of `total_steps`: linear warm-up, then a cosine to `lr_min_ratio`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    through = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(through, 1.0)))
+    return config.lr * (config.lr_min_ratio + (1 - config.lr_min_ratio) * cosine)
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters in one group; the module sets the learning rate of each step."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+class EMA:
+    """Averaged copy of a model's parameters, in float32 beside it.
+
+    Attributes:
+        shadow: name to averaged tensor.
+        count: the bias correction's running sum.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.count = 0.0
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the model's weights."""
+        self.count = self.decay * self.count + 1
+        torch._foreach_lerp_(
+            list(self.shadow.values()), [p.detach() for _, p in model.named_parameters()], 1 / self.count
+        )
+
+    @contextmanager
+    def swapped(self, model: nn.Module) -> Iterator[None]:
+        """The model with averaged weights inside the block, its own again after it (even after an error)."""
+        own = {name: p.data for name, p in model.named_parameters()}
+        try:
+            for name, p in model.named_parameters():
+                p.data = self.shadow[name]
+            yield
+        finally:
+            for name, p in model.named_parameters():
+                p.data = own[name]
+
+    def load(self, shadow: Mapping[str, Tensor], count: float) -> None:
+        """Restore what a checkpoint holds."""
+        for name, tensor in self.shadow.items():
+            tensor.copy_(shadow[name])
+        self.count = count

@@ -1,0 +1,164 @@
+"""What a run leaves to read: metrics.jsonl and audio files are the record, Weights & Biases is its mirror.
+
+Both get the same numbers under the same names and steps. W&B is online only when a key is set and its host answers,
+else offline (`wandb sync` sends the run later); a failing W&B never stops or holds training. A resumed run keeps its
+W&B id, and the local record is cut back to the step it resumes from, so every curve has one value per step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import netrc
+import os
+import socket
+import urllib.parse
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+log = logging.getLogger(__name__)
+
+STEP = "trainer/global_step"  # Lightning's name for the step in W&B
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object per line with `step` and the metrics of one moment.
+
+    Args:
+        path: the file; made when missing.
+        step: completed steps of the run; lines of later steps are cut off.
+    """
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def append(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add a line; it is on the disk when this returns."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def wandb_mode(timeout_seconds: float = 3.0) -> str:
+    """`WANDB_MODE` where it is set; else `online` when there is a key and the host answers, `offline` otherwise."""
+    given = os.environ.get("WANDB_MODE")
+    if given:
+        return given
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    has_key = bool(os.environ.get("WANDB_API_KEY"))
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        has_key = has_key or netrc.netrc().authenticators(host.hostname or "") is not None
+    if not has_key:
+        return "offline"
+    try:
+        port = host.port or (443 if host.scheme == "https" else 80)
+        socket.create_connection((host.hostname or "", port), timeout=timeout_seconds).close()
+    except OSError:
+        return "offline"
+    return "online"
+
+
+def new_run_id() -> str:
+    """A fresh W&B run id; it stays with the run over every resume."""
+    return uuid.uuid4().hex[:12]
+
+
+def wandb_logger(folder: Path, run_id: str, settings_tree: Mapping[str, Any]) -> Any:
+    """Lightning's WandbLogger for a run folder, or None (with a warning) when W&B cannot start.
+
+    Args:
+        folder: the run's folder; offline files go to `folder/wandb`.
+        run_id: id that is kept over resumes.
+        settings_tree: the run's settings as plain dicts, shown as the run's config.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+    from pytorch_lightning.loggers import WandbLogger
+
+    try:
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "musicgen"),
+            name=folder.name,
+            dir=str(folder),
+            id=run_id,
+            resume="allow",
+            mode=cast(Any, wandb_mode()),
+            config=dict(settings_tree),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30, save_code=False, disable_git=True),
+        )
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP, step_sync=True)
+        return WandbLogger(experiment=run, save_dir=str(folder))
+    except Exception as error:
+        log.warning("W&B could not start (%s); the record stands in %s", error, folder / "metrics.jsonl")
+        return None
+
+
+class Record:
+    """The run's two records behind one call.
+
+    Args:
+        folder: the run's folder.
+        step: completed steps.
+        logger: Lightning's WandbLogger, or None.
+    """
+
+    def __init__(self, folder: Path, step: int, logger: Any) -> None:
+        self.folder = folder
+        self.metrics = MetricsFile(folder / "metrics.jsonl", step)
+        self.logger = logger
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of a moment, after `step` completed steps."""
+        self.metrics.append(step, metrics)
+        self._mirror(step, dict(metrics))
+
+    def clips(self, step: int, clips: list[tuple[Path, str]]) -> None:
+        """Clips already written to files, each with its prompt."""
+        if self.logger is None:
+            return
+        import wandb
+
+        with self._guard():
+            audio = [wandb.Audio(str(path), caption=prompt) for path, prompt in clips]
+            self._mirror(step, {"samples": audio})
+
+    def _mirror(self, step: int, values: dict[str, Any]) -> None:
+        if self.logger is None:
+            return
+        with self._guard():
+            # Lightning's own log_metrics leaves the step to W&B's counter, which a resume would start anew.
+            self.logger.experiment.log({**values, STEP: step}, step=step)
+
+    @contextlib.contextmanager
+    def _guard(self) -> Any:
+        """Logging never stops training: a failing W&B is reported once and left out from then on."""
+        try:
+            yield
+        except Exception as error:
+            log.warning("W&B failed (%s); the record goes on in %s", error, self.metrics.path)
+            self.logger = None
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the W&B run so that its file is whole."""
+        if self.logger is None:
+            return
+        with self._guard():
+            self.logger.experiment.finish(exit_code=exit_code)

@@ -1,0 +1,463 @@
+"""Command line: `python -m training.train --size demo --data URI --run runs/NAME`; the same run folder goes on.
+
+Settings come from configs/train/<size>.yaml, then from the command line. The run folder keeps config.yaml (settings,
+data version, codec and text encoder identities), metrics.jsonl, samples/, state/ to resume from and release/, the
+averaged weights of the best validation.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from musicgen import settings
+from musicgen.config import SIZES, LMConfig, size
+from musicgen.errors import UserError
+from training.callbacks import LogConfig
+from training.data import BatchConfig
+from training.optim import OptimConfig
+from training.strategy import HardwareConfig
+
+if TYPE_CHECKING:
+    from musicgen.codec import Codec
+    from pipelines.shard import ShardSet
+    from training.module import MusicLMModule
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "train"
+# Settings that may change between two starts of one run: none of them changes what is learned.
+_FREE = ("run", "data", "stop_at", "hardware", "log", "licence", "batch.workers")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a MusicGen language model on a data set made by ingest.
+
+    Args:
+        size: demo, 300m, 1.5b or 3.3b; chooses configs/train/<size>.yaml and the model's shape.
+        data: the data set, a folder or URI written by ingest.
+        run: the run's folder; the same folder resumes.
+        steps: length of the training, and of the learning rate's schedule.
+        stop_at: stop at this step and keep the schedule of `steps`; 0 goes to the end.
+        seed: of the initial weights and of everything drawn.
+        codec: name or folder of the codec for the clips, where it is not the one the data set names.
+        licence: licence of the weights, written into the release.
+        release_dtype: type of the weights in the release.
+        lm: the model's shape, that of `size` unless changed.
+        batch: what a step reads.
+        optim: how the weights move.
+        log: when the run looks at itself.
+        hardware: where it computes.
+    """
+
+    size: str = "demo"
+    data: str = ""
+    run: str = ""
+    steps: int = 1_000_000
+    stop_at: int = 0
+    seed: int = 2036
+    codec: str = ""
+    licence: str = "not stated"
+    release_dtype: Literal["float32", "float16"] = "float32"
+    lm: LMConfig = field(default_factory=LMConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+
+def read_config(argv: Sequence[str]) -> TrainConfig:
+    """Settings of a run: the shape of its size, configs/train/<size>.yaml, then the command line.
+
+    Raises:
+        UserError: unknown SIZE, no DATA, no RUN.
+        SettingsError: unknown setting or a value that is not allowed.
+    """
+    name = _value_of("size", argv) or "demo"
+    if name not in SIZES:
+        raise UserError(f"unknown SIZE {name!r}; allowed: {', '.join(SIZES)}")
+    shape = [f"--{key}={value}" for key, value in _flat({"lm": settings.to_dict(size(name))}).items()]
+    layers = [path for path in [CONFIGS / f"{name}.yaml"] if path.is_file()]
+    config = settings.parse(TrainConfig, [*shape, *argv], layers=layers, prog="python -m training.train")
+    if not config.data:
+        raise UserError("DATA is missing; give a data set made by `make ingest`, such as DATA=data/demo")
+    if not config.run:
+        raise UserError("RUN is missing; give a folder for the run, such as RUN=runs/first; the same folder resumes")
+    if config.steps < 1 or config.stop_at < 0:
+        raise UserError(f"steps is {config.steps} and stop_at {config.stop_at}; give steps >= 1 and stop_at >= 0")
+    return config
+
+
+def _value_of(name: str, argv: Sequence[str]) -> str | None:
+    """The last value of `--name VALUE` or `--name=VALUE`."""
+    found = None
+    for i, token in enumerate(argv):
+        if token.startswith(f"--{name}="):
+            found = token.split("=", 1)[1]
+        elif token == f"--{name}" and i + 1 < len(argv):
+            found = argv[i + 1]
+    return found
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def check_same_run(folder: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to go on with a run under other settings, another data set, codec or text encoder.
+
+    Raises:
+        UserError: naming every difference.
+    """
+    for part, word in (("codec", "codec"), ("text_encoder", "text encoder")):
+        if stored[part]["identity"] != wanted[part]["identity"]:
+            raise UserError(
+                f"RUN={str(folder)!r} was trained with {word} {stored[part]['name']!r} (identity "
+                f"{stored[part]['identity'][:12]}…), but now there is {wanted[part]['name']!r} (identity "
+                f"{wanted[part]['identity'][:12]}…), whose numbers mean other things. Use the one of the run, or "
+                "give another RUN to start anew"
+            )
+    if stored["dataset_version"] != wanted["dataset_version"]:
+        raise UserError(
+            f"RUN={str(folder)!r} was trained on data version {stored['dataset_version'][:12]}…, DATA now has version "
+            f"{wanted['dataset_version'][:12]}…; a run goes on with the data it began with. Give that data set, or "
+            "another RUN to start anew"
+        )
+    before, now = _flat(stored["settings"]), _flat(wanted["settings"])
+    differing = [
+        f"{name}: the run has {before.get(name, '(absent)')!r}, given {now.get(name, '(absent)')!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name) and not any(name == f or name.startswith(f"{f}.") for f in _FREE)
+    ]
+    if differing:
+        raise UserError(
+            f"RUN={str(folder)!r} was started with other settings:\n  " + "\n  ".join(differing) + "\n"
+            "Give the same settings to go on, or another RUN to start anew"
+        )
+
+
+def load_codec(shards: ShardSet, name: str) -> Codec:
+    """The codec that made the data set's tokens.
+
+    Raises:
+        UserError: it is not here, or the one here is another one.
+    """
+    from musicgen import codec as codecs
+
+    made_by = shards.info["codec"]
+    name = name or made_by["name"]
+    try:
+        codec = codecs.load(name)
+    except (UserError, OSError) as error:
+        raise UserError(
+            f"DATA holds tokens of codec {made_by['name']!r}, and {name!r} could not be loaded: {error}. "
+            "Give its folder with --codec, or train without clips: --log.clips 0"
+        ) from error
+    if codec.identity != made_by["identity"]:
+        raise UserError(
+            f"DATA holds tokens of codec {made_by['name']!r} (identity {made_by['identity'][:12]}…), but codec "
+            f"{name!r} here is another one (identity {codec.identity[:12]}…), which would turn them into noise. "
+            "Ingest again with this codec, or give the right one with --codec"
+        )
+    return codec
+
+
+def entropy_of(shards: ShardSet, at_most: int = 3000) -> list[float]:
+    """Smoothed unigram entropy in nats of each codebook over (an even selection of) the training tracks."""
+    import numpy as np
+
+    from training import loss
+    from training.data import tracks_of
+
+    rows = tracks_of(shards, "train").rows
+    if len(rows) > at_most:
+        rows = rows[np.linspace(0, len(rows) - 1, at_most).astype(int)]
+    codec = shards.info["codec"]
+    counts = loss.token_counts((shards.codes(int(r)) for r in rows), codec["num_codebooks"], codec["codebook_size"])
+    return loss.unigram_entropy(counts).tolist()
+
+
+def describe_data(shards: ShardSet) -> str:
+    """One line about a data set: tracks, hours, codec, version."""
+    from training.data import tracks_of
+
+    rate, parts = shards.info["codec"]["frame_rate"], []
+    for split in ("train", "valid"):
+        tracks = tracks_of(shards, split)
+        parts.append(f"{len(tracks)} {split} tracks ({tracks.frames.sum() / rate / 3600:.2f} h)")
+    codec = shards.info["codec"]
+    made_of = f"codec {codec['name']} {codec['identity'][:12]}, version {shards.info['dataset_version'][:12]}"
+    return f"{', '.join(parts)}; {made_of}"
+
+
+def release_info(
+    module: MusicLMModule, config: TrainConfig, shards: ShardSet, valid_loss: float | None
+) -> dict[str, Any]:
+    """What a release says about itself (see musicgen.weights)."""
+    codec = shards.info["codec"]
+    return {
+        "codec": {"name": config.codec or codec["name"], "identity": codec["identity"]},
+        "text_encoder": {"name": module.encoder.name, "identity": module.encoder.identity},
+        "training": {
+            "step": module.progress.step,
+            "audio_seconds_seen": round(module.progress.audio_seconds_seen, 2),
+            "data_version": shards.info["dataset_version"],
+            "valid_loss": valid_loss,
+            "crop_seconds": config.batch.crop_seconds,
+        },
+        "licence": config.licence,
+        "made_by": f"musicgen-pipeline {version('musicgen-pipeline')}",
+    }
+
+
+def write_release(
+    module: MusicLMModule, valid_loss: float | None, *, folder: Path, config: TrainConfig, shards: ShardSet
+) -> None:
+    """The release folder from the weights that are in the module now (the callback puts the averaged ones there)."""
+    import torch
+
+    from musicgen.weights import save_release
+
+    info = release_info(module, config, shards, valid_loss)
+    save_release(folder, module.lm, info, getattr(torch, config.release_dtype))
+
+
+def make_clip(
+    module: MusicLMModule, path: Path, prompt: str | None, seed: int, seconds: float, *, codec: Codec | None, info: Any
+) -> dict[str, Any]:
+    """Generate one clip into `path` with the weights that are in the module now; returns what made it."""
+    from musicgen import generate, wav
+    from musicgen.sampling import SamplingConfig
+
+    if codec is None:
+        raise ValueError("clips need the codec")
+    model = generate.MusicGen(module.lm, codec, module.encoder, info(module))
+    sampling = SamplingConfig(top_k=min(SamplingConfig().top_k, module.lm.config.codebook_size))
+    audio, _ = generate.generate(model, [prompt], seconds, [seed], sampling)
+    mark = generate.marking(model, prompt, seed, seconds, sampling)
+    wav.write(str(path), audio[0], codec.sample_rate, mark)
+    return {"seed": seed, "duration_seconds": seconds}
+
+
+def clip_prompts(shards: ShardSet, config: LogConfig, validation_texts: Iterable[str | None]) -> list[str | None]:
+    """Prompts of the clips: the given ones, or different descriptions of the validation crops."""
+    if config.prompts:
+        return list(config.prompts[: config.clips])
+    texts = [text for text in dict.fromkeys(validation_texts) if text]
+    stride = max(len(texts) // max(config.clips, 1), 1)
+    chosen: list[str | None] = [*texts[::stride]]
+    return (chosen or [None])[: config.clips]
+
+
+def _find_run(config: TrainConfig, wanted: dict[str, Any]) -> tuple[str | None, int]:
+    """The W&B id of the run in the folder and the step to go on from; None and 0 where there is no run yet.
+
+    Raises:
+        UserError: a run of other settings, or a folder of something else.
+    """
+    from training import state
+
+    folder = Path(config.run)
+    file = folder / "config.yaml"
+    if file.is_file():
+        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+        check_same_run(folder, stored, wanted)
+        steps = state.steps_in(folder / "state")
+        return stored["wandb_run_id"], steps[-1] if steps else 0
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"RUN={config.run!r} exists and is not a run of this program (no config.yaml); give a new or empty folder"
+        )
+    return None, 0
+
+
+def _make_run(config: TrainConfig, wanted: dict[str, Any]) -> str:
+    """Make the run's folder with its config.yaml; returns the new W&B id."""
+    from training import record
+
+    folder, run_id = Path(config.run), record.new_run_id()
+    document = {**wanted, "wandb_run_id": run_id, "made_by": f"musicgen-pipeline {version('musicgen-pipeline')}"}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder.with_name(f".{folder.name}.config.tmp")
+        temporary.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        os.replace(temporary, folder / "config.yaml")
+    except OSError as error:
+        raise UserError(f"RUN={config.run!r} cannot be written: {error.strerror or error}") from error
+    return run_id
+
+
+def _quiet_libraries() -> None:
+    """Keep Lightning's hints out of the plan; what matters of them is ours to say."""
+    import logging
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for pattern in (".*does not have many workers.*", ".*IterableDataset.*__len__.*", ".*lr_scheduler.step.*"):
+        warnings.filterwarnings("ignore", pattern)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def fit(config: TrainConfig) -> Path:
+    """Train or go on; returns the run's folder.
+
+    Raises:
+        UserError: bad data, a run of other settings, a codec that does not fit, a loss that is not finite.
+    """
+    import torch
+    from pytorch_lightning.utilities import rank_zero_only
+
+    from musicgen.conditioning import TextEncoder
+    from musicgen.lm import MusicLM
+    from pipelines.shard import ShardSet
+    from training import callbacks, data, record, state, strategy
+    from training.module import MusicLMModule
+
+    _quiet_libraries()
+    rank = int(getattr(rank_zero_only, "rank", 0) or 0)
+    is_zero = rank == 0
+    shards = ShardSet.open(config.data)
+    data.check(
+        shards,
+        config.batch,
+        world=config.hardware.world,
+        num_codebooks=config.lm.num_codebooks,
+        codebook_size=config.lm.codebook_size,
+    )
+    encoder = TextEncoder.load(config.lm.condition.text_encoder)
+    if encoder.dim != config.lm.condition.text_dim:
+        raise UserError(
+            f"text encoder {encoder.name!r} has width {encoder.dim}, the setting says "
+            f"{config.lm.condition.text_dim}; set --lm.condition.text_dim {encoder.dim}"
+        )
+    identity = {
+        "settings": yaml.safe_load(yaml.safe_dump(_plain(settings.to_dict(config)))),
+        "dataset_version": shards.info["dataset_version"],
+        "codec": {key: shards.info["codec"][key] for key in ("name", "identity")},
+        "text_encoder": {"name": encoder.name, "identity": encoder.identity},
+    }
+    folder = Path(config.run)
+    run_id, start = _find_run(config, identity)
+    stop = min(config.stop_at or config.steps, config.steps)
+    codec = load_codec(shards, config.codec) if config.log.clips and is_zero else None
+    if run_id is None and is_zero:
+        run_id = _make_run(config, identity)
+    entropy = entropy_of(shards)
+    if is_zero:
+        lines = strategy.plan_lines(
+            config.size,
+            config.lm,
+            config.hardware,
+            data=describe_data(shards),
+            batch=config.batch.size,
+            crop_seconds=config.batch.crop_seconds,
+            steps=config.steps,
+            start=start,
+            entropy=entropy,
+        )
+        print("\n".join(lines), flush=True)
+    if start >= stop:
+        print(f"{folder} has already made {start} of {stop} steps; nothing to do", flush=True)
+        return folder
+
+    torch.manual_seed(config.seed)
+    lm = MusicLM(config.lm)
+    rule = data.crop_rule(config.batch, shards.info["codec"]["frame_rate"])
+    module = MusicLMModule(
+        lm,
+        encoder,
+        config.optim,
+        total_steps=config.steps,
+        crop_frames=rule.frames,
+        accumulate=config.batch.accumulate,
+        frame_rate=shards.info["codec"]["frame_rate"],
+        seed=config.seed,
+    )
+    if start:
+        module.progress, module.optimizer_tensors = state.load(folder / "state", start, lm, module.ema)
+
+    logger = record.wandb_logger(folder, run_id, identity) if run_id and is_zero else None
+    journal = record.Record(folder, start, logger) if is_zero else None
+    validation_batches = data.validation_batches(shards, config.batch, rank=rank, world=config.hardware.world)
+    if not validation_batches and is_zero:
+        print("warning   DATA has no validation tracks: no validation, the release holds the last weights", flush=True)
+    watch = callbacks.Stopwatch()
+    recorder = callbacks.Recorder(journal, config.log.every, config.steps, watch)
+    validation = callbacks.Validation(
+        journal,
+        validation_batches,
+        config.log.valid_every,
+        config.steps,
+        sum(entropy) / len(entropy),
+        functools.partial(write_release, folder=folder / "release", config=config, shards=shards),
+        watch,
+    )
+    prompts = clip_prompts(shards, config.log, [t for b in validation_batches for t in b.texts]) if is_zero else []
+    describe = functools.partial(release_info, config=config, shards=shards, valid_loss=None)
+    clips = callbacks.Clips(
+        journal,
+        config.log,
+        config.steps,
+        prompts,
+        functools.partial(make_clip, codec=codec, info=describe),
+        watch,
+    )
+    states = callbacks.States(folder / "state" if is_zero else None, config.log.state_every, stop, watch)
+    bar = callbacks.Bar(recorder, validation, config.steps, config.steps)
+    trainer = strategy.build_trainer(
+        config.hardware,
+        steps=stop - start,
+        accumulate=config.batch.accumulate,
+        callbacks=[recorder, validation, clips, states, bar, watch],
+        logger=logger,
+    )
+    stream = data.Stream(shards, config.batch, seed=config.seed, start=start, rank=rank, world=config.hardware.world)
+    try:
+        trainer.fit(module, train_dataloaders=data.training_loader(stream, pin_memory=config.hardware.uses_gpu))
+    except BaseException:
+        if journal is not None:
+            journal.finish(exit_code=1)
+        raise
+    if journal is not None:
+        journal.finish()
+        _summary(folder, module, validation.latest, stop, config.steps)
+    return folder
+
+
+def _plain(tree: Any) -> Any:
+    """Tuples as lists, for YAML."""
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    return [_plain(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def _summary(folder: Path, module: MusicLMModule, valid: dict[str, float], stop: int, total: int) -> None:
+    seen = module.progress.audio_seconds_seen
+    print(f"done      {stop} of {total} steps, {seen / 3600:.2f} h of audio seen; record in {folder}/metrics.jsonl")
+    if valid and module.progress.best_loss is not None:
+        below = valid["valid/below_unigram"] + valid["valid/loss"] - module.progress.best_loss
+        perplexity = math.exp(module.progress.best_loss)
+        print(
+            f"best      valid loss {module.progress.best_loss:.3f} (perplexity {perplexity:.0f}) at step "
+            f"{module.progress.best_step}, {abs(below):.3f} nats {'below' if below >= 0 else 'above'} unigram; release in {folder}/release"
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train or resume; see `TrainConfig`."""
+    fit(read_config(argv))
+    return 0
+
+
+if __name__ == "__main__":
+    settings.run(main)
