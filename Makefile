@@ -1,0 +1,93 @@
+# Every command of the project; `make help` lists them. Each sets up what it needs: a virtual environment in .venv with
+# the locked versions. Settings beyond the ones named below: ARGS='--optim.lr 1e-4' (an unknown one names the nearest).
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+INDEX  := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+# A prompt travels by the environment, unexpanded, so that quotes and $ survive.
+override PROMPT := $(value PROMPT)
+export PROMPT
+
+SIZE     ?= demo
+DURATION ?= 10
+SEED     ?= 0
+HOURS    ?= 12
+DEMO     ?= runs/demo
+MUSIC    ?= data/music
+export WANDB_SILENT ?= true
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup dev demo test test-slow ingest train generate codec codec-eval check check-music bench assets music lock clean
+
+help: ## this list
+	@echo "usage: make TARGET [NAME=value …] [ARGS='--setting value …']"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+$(VENV)/.core: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python 3.11, 3.12 or 3.13 is needed; {sys.executable} is {v[0]}.{v[1]}. Give another: make setup PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q --progress-bar on $(INDEX) -r requirements.lock
+	$(PIP) install -q --no-deps -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core requirements-dev.lock
+	$(PIP) install -q --progress-bar on $(INDEX) -r requirements.lock -r requirements-dev.lock
+	@touch $@
+
+setup: $(VENV)/.core ## virtual environment with the locked versions (TORCH_INDEX=… for another torch build)
+dev: $(VENV)/.dev ## the same plus the tools of test and check
+
+demo: setup ## ingest, train, generate, report on the embedded catalogue; ends with the page to open
+	$(BIN)/python -m training.demo --out "$(DEMO)" $(ARGS)
+
+test: dev ## the test suite (under 12 minutes on two cores)
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-slow: dev ## the kill, soak and browser checks that the default suite leaves out
+	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+ingest: setup ## CATALOG=… OUT=…: licensed catalogue to shards (safe to run again)
+	$(BIN)/python -m pipelines.ingest --catalog "$(or $(CATALOG),musicgen/assets/catalogue/catalog.jsonl)" --out "$(or $(OUT),data/demo)" $(ARGS)
+
+train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=…: train, or resume the same RUN
+	$(BIN)/python -m training.train --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/$(SIZE))" $(ARGS)
+
+generate: setup ## PROMPT="…" DURATION=10 [MODEL=… OUT=… SEED=…]: text to wav
+	$(BIN)/python -m musicgen.generate --model "$(or $(MODEL),demo)" --duration "$(DURATION)" --seed "$(SEED)" --out "$(or $(OUT),out.wav)" $(ARGS)
+
+codec: setup ## [SIZE=demo|32khz] DATA=… RUN=…: train an EnCodec from a catalogue
+	$(BIN)/python -m training.codec.train --size "$(SIZE)" --data "$(or $(DATA),$(MUSIC)/catalog.jsonl)" --run "$(or $(RUN),runs/codec-$(SIZE))" $(ARGS)
+
+codec-eval: setup ## [CODEC=demo DATA=…]: distance, chroma agreement and codebook use beside Opus
+	$(BIN)/python -m training.codec.evaluate --codec "$(or $(CODEC),demo)" --data "$(or $(DATA),musicgen/assets/catalogue/catalog.jsonl)" $(ARGS)
+
+check: dev ## ruff, mypy, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check-music: setup ## [MODEL=… DATA=…]: does the model make music, and the music asked for?
+	$(BIN)/python -m training.music_check --model "$(or $(MODEL),demo)" --data "$(or $(DATA),$(DEMO)/data)" $(ARGS)
+
+bench: setup ## speed of ingest by stage and of training, as tables (keep the machine otherwise idle)
+	$(BIN)/python -m benchmarks.ingest
+	$(BIN)/python -m benchmarks.training
+
+music: setup ## HOURS=12 MUSIC=…: render more music of the demo's kind, losslessly (needs fluidsynth and FluidR3_GM)
+	$(PIP) install -q -e '.[demo]'
+	$(BIN)/python -m pipelines.demo.catalogue --hours "$(HOURS)" --out "$(MUSIC)" $(ARGS)
+
+assets: setup ## rebuild everything shipped: audio, codec, tokens, demo model, golden figures (hours; resumable)
+	$(BIN)/python -m training.assets $(ARGS)
+
+lock: dev ## resolve the locks anew from pyproject.toml
+	$(PIP) install -q uv
+	$(BIN)/python infra/lock.py
+
+clean: ## remove what the commands made here (not the virtual environment, not the shipped assets)
+	rm -rf runs data out out.wav build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

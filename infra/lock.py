@@ -1,0 +1,43 @@
+"""Resolve `requirements.lock` and `requirements-dev.lock` from pyproject.toml, for every Python we support.
+
+uv resolves for 3.11 to 3.13 at once and writes no path or index. Two things are taken out afterwards: the local part of
+a CPU build's version (`+cpu`), which the public index lacks, and the CUDA packages, which torch's own metadata pins
+exactly: a CPU build then installs none of them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = re.compile(r"^(nvidia-|triton|cuda-)")
+
+
+def resolve(extras: list[str]) -> list[str]:
+    """Pinned lines of the core and `extras`."""
+    command = ["uv", "pip", "compile", "--universal", "--python-version", "3.11", "pyproject.toml", "--no-header"]
+    command += ["--no-annotate", "--no-emit-index-url", "--no-emit-find-links"]
+    command += [word for extra in extras for word in ("--extra", extra)]
+    out = subprocess.run(
+        [str(Path(sys.executable).parent / command[0]), *command[1:]], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    lines = [re.sub(r"^(torch==[\d.]+)\+\w+", r"\1", line) for line in out.splitlines()]
+    return [line for line in lines if line.strip() and not CUDA.match(line)]
+
+
+def main() -> None:
+    """Write both locks."""
+    core = resolve(["analysis"])
+    everything = resolve(["analysis", "demo", "dev"])
+    head = "# Written by `make lock` from pyproject.toml; exact versions for Python 3.11 to 3.13.\n"
+    (ROOT / "requirements.lock").write_text(head + "\n".join(core) + "\n")
+    extra = [line for line in everything if line not in core]
+    (ROOT / "requirements-dev.lock").write_text(head + "\n".join(extra) + "\n")
+    print(f"requirements.lock: {len(core)} packages; requirements-dev.lock: {len(extra)} more")
+
+
+if __name__ == "__main__":
+    main()
