@@ -30,7 +30,8 @@ header { padding:3rem 0 1rem; } footer { padding:2rem 0 4rem; color:var(--soft);
 h1 { font-size:clamp(1.7rem, 4vw, 2.5rem); line-height:1.15; margin:0 0 .5rem; letter-spacing:-.015em; }
 h2 { font-size:1.35rem; margin:3.5rem 0 .5rem; letter-spacing:-.01em; }
 h3 { font-size:1.1rem; font-weight:600; margin:2.25rem 0 .1rem; max-width:52rem; text-wrap:pretty; }
-p { max-width:46rem; margin:.4rem 0 .9rem; } .soft, .about { color:var(--soft); } .about { font-size:.9rem; margin-top:0; }
+p { max-width:46rem; margin:.4rem 0 .9rem; } .soft, .about { color:var(--soft); }
+.about { font-size:.9rem; margin-top:0; }
 nav { display:flex; flex-wrap:wrap; gap:.25rem 1.25rem; padding-top:.5rem; } a { color:inherit; }
 nav a { color:var(--soft); text-underline-offset:.25em; }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit, minmax(12.5rem, 1fr)); gap:.75rem; margin:1.5rem 0; }
@@ -52,11 +53,13 @@ nav a { color:var(--soft); text-underline-offset:.25em; }
 .clip audio { width:100%; height:2.4rem; display:block; }
 .facts { padding:.45rem .8rem .6rem; color:var(--soft); font-size:.8rem; font-variant-numeric:tabular-nums; }
 .plots { display:grid; grid-template-columns:repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap:.9rem; }
-.plot { background:var(--card); border:1px solid var(--line); border-radius:.6rem; padding:.7rem .8rem .4rem; margin:0; }
+.plot { background:var(--card); border:1px solid var(--line); border-radius:.6rem;
+  padding:.7rem .8rem .4rem; margin:0; }
 .plot figcaption { font-weight:600; font-size:.95rem; } .plot svg { width:100%; height:auto; display:block; }
 .wide { grid-column:1 / -1; }
-.legend { display:flex; flex-wrap:wrap; gap:.2rem 1.4rem; font-size:.85rem; color:var(--soft); margin:.6rem 0; padding:0;
-  list-style:none; } .legend i { display:inline-block; width:1.6rem; vertical-align:middle; margin-right:.45rem; }
+.legend { display:flex; flex-wrap:wrap; gap:.2rem 1.4rem; font-size:.85rem; color:var(--soft); margin:.6rem 0;
+  padding:0; list-style:none; }
+.legend i { display:inline-block; width:1.6rem; vertical-align:middle; margin-right:.45rem; }
 .scroll { overflow-x:auto; } table { border-collapse:collapse; font-size:.9rem; font-variant-numeric:tabular-nums; }
 th, td { text-align:right; padding:.3rem .9rem .3rem 0; border-bottom:1px solid var(--line); font-weight:400; }
 th { color:var(--soft); } th:first-child, td:first-child { text-align:left; }
