@@ -16,7 +16,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -162,10 +162,10 @@ class Codec:
         """
         if audio.ndim != 3 or audio.shape[1] != self.channels or audio.shape[2] == 0:
             raise UserError(
-                f"codec {self.name!r} takes audio of shape [batch, {self.channels}, samples ≥ 1]; got {list(audio.shape)}"
+                f"codec {self.name!r} takes audio [batch, {self.channels}, samples ≥ 1]; got shape {list(audio.shape)}"
             )
         if not bool(torch.isfinite(audio).all()):
-            raise UserError("the audio holds samples that are not finite numbers (NaN or infinity); repair or leave it out")
+            raise UserError("the audio holds samples that are not finite (NaN or infinity); repair it or leave it out")
         latents = self.model.encoder(audio.to(self.device, torch.float32))
         return self.model.quantizer.encode(latents, None).transpose(0, 1)
 
@@ -181,7 +181,7 @@ class Codec:
                 f"codec {self.name!r} has {self.num_codebooks} codebooks and takes codes of shape "
                 f"[batch, {self.num_codebooks}, frames]; got {list(codes.shape)}"
             )
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.codebook_size):
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.codebook_size):
             raise UserError(
                 f"codes must lie in 0…{self.codebook_size - 1}; got {int(codes.min())}…{int(codes.max())} "
                 "(a special token left in, or tokens of another codec)"
@@ -233,7 +233,7 @@ def load(source: str | Path = "demo", *, device: str | torch.device = "cpu") -> 
     target: str = name
     if folder.is_dir():
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-            raise UserError(f"CODEC {name!r} is a folder without config.json and model.safetensors; give a codec folder")
+            raise UserError(f"CODEC {name!r} has no config.json and model.safetensors; give the folder of a codec")
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
         if kind != "encodec":
             raise UserError(f"CODEC {name!r} holds a model of type {kind!r}; an EnCodec folder is needed")
@@ -255,7 +255,7 @@ def tiny(seed: int = 0) -> Codec:
     """A small random codec with the demo's rates and codebooks, for tests: four filters, untrained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(CodecConfig(num_filters=4, hidden_size=16, ratios=(4, 4, 5, 8), num_lstm_layers=1))
+        model: Any = build(CodecConfig(num_filters=4, hidden_size=16, ratios=(4, 4, 5, 8), num_lstm_layers=1))
         spread = model.encoder(torch.randn(1, 1, 32_000) * 0.1).std().item()
         for layer in model.quantizer.layers:
             layer.codebook.embed.normal_(std=spread)

@@ -20,6 +20,14 @@ from torch.utils.data import IterableDataset
 
 from musicgen.codec import CodecConfig
 from musicgen.errors import UserError
+from pipelines import audio
+from pipelines.assemble import SplitConfig, split_groups, split_of
+from pipelines.catalog import Row
+from pipelines.catalog import read as read_catalog
+from pipelines.checks import CheckConfig
+from pipelines.checks import first as first_problem
+from pipelines.rights import RightsConfig, admit
+from pipelines.store import Place
 
 
 @dataclass(frozen=True)
@@ -73,13 +81,64 @@ def write_cache(folder: str | Path, split: str, tracks: Iterator[tuple[str, np.n
     os.replace(folder / f"{split}.json.partial", folder / f"{split}.json")
 
 
-def prepare(source: str, cache: Path, shape: CodecConfig) -> Path:
-    """The PCM cache of `source`: itself when it is one, else made in `cache` from a catalogue (once)."""
+def prepare(source: str, cache: Path, shape: CodecConfig, splits: SplitConfig, workers: int = 2) -> Path:
+    """The PCM cache of `source`: itself when it is one, else made in `cache` from a catalogue (once).
+
+    Rows pass the same rights gate, decoder, checks and split as in ingest; what is refused is counted and named in
+    `cache/rejects.json`.
+
+    Raises:
+        UserError: neither a cache nor a catalogue, or no admissible track in a split.
+    """
     if (Path(source) / "train.json").is_file():
         return Path(source)
     if (cache / "train.json").is_file() and (cache / "valid.json").is_file():
         return cache
-    raise UserError(f"DATA {source!r} is not a PCM cache folder")
+    catalog = read_catalog(source)
+    rights = RightsConfig()
+    admitted = [row for row in catalog.rows if not row.problems and admit(row.rights, rights, rights.day()) is None]
+    groups = split_groups(admitted)
+    rejects = {str(row.track_id): "row or rights" for row in catalog.rows if row not in admitted}
+    for split in ("train", "valid"):
+        rows = [row for row in admitted if split_of(groups[str(row.track_id)], splits) == split]
+        if not rows:
+            raise UserError(f"DATA {source!r} has no admissible track in split {split!r}; two splits are needed")
+        write_cache(cache, split, _decode_all(rows, catalog.folder, shape, rejects, workers, split), shape.channels)
+    (cache / "rejects.json").write_text(json.dumps(rejects, indent=1))
+    return cache
+
+
+def _decode_all(
+    rows: list[Row], folder: Place, shape: CodecConfig, rejects: dict[str, str], workers: int, split: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Decoded, checked and resampled tracks in catalogue order, with a bar; refusals go to `rejects`."""
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import local
+
+    from rich.progress import track
+
+    limits, mine = CheckConfig(), local()
+
+    def one(row: Row) -> tuple[Row, np.ndarray | str]:
+        if not hasattr(mine, "decoder"):
+            mine.decoder = audio.Decoder(audio.DecodeConfig(), limits.max_seconds)
+        try:
+            decoded = mine.decoder.decode(folder.join(row.values["uri"]).read())
+            audio.verify(decoded, limits)
+        except (audio.DecodeError, OSError) as error:
+            return row, str(error)
+        refused = first_problem(decoded.pcm, decoded.sample_rate_hz, limits)
+        if refused is not None:
+            return row, refused.message
+        return row, audio.prepare(decoded.pcm, decoded.sample_rate_hz, shape.sample_rate_hz, shape.channels)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for start in track(range(0, len(rows), 16), description=f"decoding {split}"):
+            for row, result in pool.map(one, rows[start : start + 16]):
+                if isinstance(result, str):
+                    rejects[str(row.track_id)] = result
+                else:
+                    yield str(row.track_id), result
 
 
 def crops(pcm: Pcm, *, seed: int, step: int, rank: int, batch_size: int, num_samples: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from musicgen import codec as codecs
 from musicgen.metrics.audio import chroma_agreement, log_mel_distance
+from pipelines.assemble import SplitConfig
 from training.codec import quantiser
 from training.codec.losses import LossConfig, reconstruction_losses
 from training.codec.quantiser import QuantiserConfig
@@ -44,6 +45,7 @@ class CodecTrainConfig:
         validation_tracks: tracks looked at in a validation.
         seed: addresses every random choice.
         threads: CPU threads, 0 for all.
+        splits: shares of the split groups (artist and work), as in the ingest of the same music.
     """
 
     size: str = "demo"
@@ -62,6 +64,7 @@ class CodecTrainConfig:
     validation_tracks: int = 16
     seed: int = 2036
     threads: int = 0
+    splits: SplitConfig = field(default_factory=lambda: SplitConfig(0.85, 0.15, 0.0))
     loss: LossConfig = field(default_factory=LossConfig)
     quantiser: QuantiserConfig = field(default_factory=QuantiserConfig)
 
@@ -74,7 +77,7 @@ class CodecModule(pl.LightningModule):
         self.config = config
         self.shape = codecs.CODEC_SIZES[config.size]
         torch.manual_seed(config.seed)
-        self.network = codecs.build(self.shape)
+        self.network: Any = codecs.build(self.shape)
         self.ema = [p.detach().clone() for p in self.network.parameters()]
         self.validation_audio = validation_audio
         self.record: dict[str, float] = {}

@@ -12,10 +12,11 @@ encoder towards its codes. Van den Oord et al. 2017; Zeghidour et al. 2021, sect
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -79,11 +80,11 @@ def kmeans(vectors: Tensor, num_entries: int, iterations: int, generator: torch.
     return centres, counts
 
 
-def initialise(quantizer: nn.Module, latents: Tensor, config: QuantiserConfig, seed: int) -> None:
+def initialise(quantizer: Any, latents: Tensor, config: QuantiserConfig, seed: int) -> None:
     """Set every codebook by k-means on the residuals of `latents [N, H]`, level by level."""
     generator = torch.Generator().manual_seed(seed)
     residual = latents.detach().float()
-    for layer in quantizer.layers:  # type: ignore[union-attr]
+    for layer in quantizer.layers:
         book = layer.codebook
         centres, counts = kmeans(residual, book.codebook_size, config.kmeans_iterations, generator)
         mean_count = max(1.0, len(residual) / book.codebook_size)
@@ -94,17 +95,17 @@ def initialise(quantizer: nn.Module, latents: Tensor, config: QuantiserConfig, s
 
 
 @torch.no_grad()
-def _update(book: nn.Module, vectors: Tensor, chosen: Tensor, config: QuantiserConfig, seed: int) -> int:
+def _update(book: Any, vectors: Tensor, chosen: Tensor, config: QuantiserConfig, seed: int) -> int:
     """One EMA step of a codebook on `vectors [N, H]` and revival of its dead entries; returns how many were revived."""
-    size = book.codebook_size  # type: ignore[has-type]
-    counts = torch.bincount(chosen, minlength=size).float()  # type: ignore[arg-type]
-    sums = torch.zeros_like(book.embed).index_add_(0, chosen, vectors)  # type: ignore[arg-type]
+    size = book.codebook_size
+    counts = torch.bincount(chosen, minlength=size).float()
+    sums = torch.zeros_like(book.embed).index_add_(0, chosen, vectors)
     _sum_over_ranks(counts, sums)
     # sums and counts stay on the scale "mean count 1", whatever the batch
-    scale = size / counts.sum().clamp(min=1)  # type: ignore[operator]
-    book.cluster_size.lerp_(counts * scale, 1 - config.decay)  # type: ignore[operator,union-attr]
-    book.embed_avg.lerp_(sums * scale, 1 - config.decay)  # type: ignore[operator,union-attr]
-    dead = (book.cluster_size < config.dead_share).nonzero()[:, 0]  # type: ignore[operator]
+    scale = size / counts.sum().clamp(min=1)
+    book.cluster_size.lerp_(counts * scale, 1 - config.decay)
+    book.embed_avg.lerp_(sums * scale, 1 - config.decay)
+    dead = (book.cluster_size < config.dead_share).nonzero()[:, 0]
     if len(dead):
         generator = torch.Generator().manual_seed(seed)
         pool = vectors
@@ -114,17 +115,15 @@ def _update(book: nn.Module, vectors: Tensor, chosen: Tensor, config: QuantiserC
             pool = torch.cat(gathered)
         take = torch.randperm(len(pool), generator=generator)[: len(dead)].to(pool.device)
         dead = dead[: len(take)]
-        book.cluster_size[dead] = 1.0  # type: ignore[index]
-        book.embed_avg[dead] = pool[take]  # type: ignore[index]
-    total = book.cluster_size.sum()  # type: ignore[operator,union-attr]
-    smoothed = (book.cluster_size + config.epsilon) / (total + size * config.epsilon) * total  # type: ignore[operator]
-    book.embed.copy_(book.embed_avg / smoothed.clamp(min=1e-8)[:, None])  # type: ignore[operator,union-attr]
+        book.cluster_size[dead] = 1.0
+        book.embed_avg[dead] = pool[take]
+    total = book.cluster_size.sum()
+    smoothed = (book.cluster_size + config.epsilon) / (total + size * config.epsilon) * total
+    book.embed.copy_(book.embed_avg / smoothed.clamp(min=1e-8)[:, None])
     return len(dead)
 
 
-def quantise(
-    quantizer: nn.Module, latents: Tensor, config: QuantiserConfig, *, train: bool, seed: int = 0
-) -> Quantised:
+def quantise(quantizer: Any, latents: Tensor, config: QuantiserConfig, *, train: bool, seed: int = 0) -> Quantised:
     """Quantise `latents [B, H, T]`; with `train`, also move the codebooks. float32 whatever the autocast."""
     batch, width, frames = latents.shape
     with torch.autocast(latents.device.type, enabled=False):
@@ -134,7 +133,7 @@ def quantise(
         total = torch.zeros_like(flat)
         commitment = flat.new_zeros(())
         codes, revived = [], []
-        for level, layer in enumerate(quantizer.layers):  # type: ignore[union-attr,arg-type]
+        for level, layer in enumerate(quantizer.layers):
             book = layer.codebook
             chosen = _nearest(residual, book.embed)
             vectors = F.embedding(chosen, book.embed)

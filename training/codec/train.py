@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     _keep_config(run, config)
 
     shape = codecs.CODEC_SIZES[config.size]
-    cache = data.prepare(config.data, run / "pcm", shape)
+    cache = data.prepare(config.data, run / "pcm", shape, config.splits)
     train, valid = data.open_cache(cache, "train"), data.open_cache(cache, "valid")
     rng = np.random.default_rng(config.seed)
     picks = sorted(rng.permutation(len(valid.track_ids))[: config.validation_tracks])
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     module = CodecModule(config, held_out)
     parameters = sum(p.numel() for p in module.network.parameters())
     print(
-        f"codec {config.size}: {parameters:,} parameters; {train.hours:.2f} h of audio in {len(train.track_ids)} tracks, "
+        f"codec {config.size}: {parameters:,} parameters; {train.hours:.2f} h in {len(train.track_ids)} tracks, "
         f"{len(valid.track_ids)} held out; {config.steps} steps of {config.batch_size} × {config.crop_seconds} s",
         flush=True,
     )
@@ -123,7 +123,8 @@ class Watch(_callback_base()):  # type: ignore[misc]
 
         self.began, self.begin_step = time.monotonic(), trainer.global_step
         self.bar = Progress(
-            TextColumn("codec"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
+            TextColumn("codec"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}"),
         )  # fmt: skip
         self.task = self.bar.add_task("", total=self.config.steps, completed=trainer.global_step)
         self.bar.start()
