@@ -91,7 +91,7 @@ class Decoded:
 def pcm_sha256(decoded: Decoded) -> str:
     """Hash of the decoded sound: equal for equal samples in any lossless container."""
     digest = hashlib.sha256(f"{decoded.sample_rate_hz}:{decoded.pcm.shape[0]}:".encode())
-    digest.update(np.ascontiguousarray(decoded.pcm))
+    digest.update(np.ascontiguousarray(decoded.pcm).data)
     return digest.hexdigest()
 
 
@@ -250,10 +250,8 @@ def decode_bytes(data: bytes, max_seconds: float) -> Decoded:
         raise DecodeError("not_audio", f"no audio container: {_words(error)}; begins with {data[:12]!r}") from error
     with container:
         if not container.streams.audio:
-            kinds = sorted({s.type for s in container.streams}) or ["nothing"]
-            raise DecodeError(
-                "not_audio", f"{container.format.name} without an audio stream (holds {', '.join(kinds)})"
-            )
+            kinds = ", ".join(sorted({str(s.type) for s in container.streams})) or "nothing"
+            raise DecodeError("not_audio", f"{container.format.name} without an audio stream (holds {kinds})")
         stream = container.streams.audio[0]
         # mp3 without a Xing or VBRI header and raw AAC state no length; the demuxer's guess is not a declaration
         guessed = container.format.name == "aac" or (

@@ -2,8 +2,8 @@
 
 The recipe is the reference's (Copet et al. 2023, section 3.2; `merge_text_p` 0.25, `drop_desc_p` 0.5, `drop_other_p`
 0.5): in a quarter of the variants the parsed fields are dropped one by one, the rest is shuffled into
-`name: value. name: value` and joined to the description, which itself may be dropped. The reference *keeps* a field with
-probability `drop_other_p`; here the name tells the truth (at 0.5 both are the same).
+`name: value. name: value` and joined to the description, which itself may be dropped. The reference *keeps* a field
+with probability `drop_other_p`; here the name tells the truth (at 0.5 both are the same).
 
 Captions are drawn here, once and seeded per (track, variant). Word dropout belongs to training and is not done here;
 validation uses the raw descriptions, which travel beside the variants. What analysis measured may only fill a gap in

@@ -24,7 +24,14 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_enable_metrics_collection", "0")
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from musicgen.errors import UserError
 from pipelines import stages
@@ -86,7 +93,7 @@ def start(run: RunConfig) -> float:
     if ray.is_initialized():
         return 0.0
     began = time.monotonic()
-    common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     try:
         if run.address:
             ray.init(address=run.address, **common)
@@ -125,7 +132,6 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@ray.remote(num_cpus=0.5, max_retries=0, num_returns=2)
 def _prepare(jobs: list[Job], settings: TrackSettings, work: Place) -> tuple[list[str], list[Prepared]]:
     """A micro-batch on a CPU worker; rejects are saved here. The decoding child lives as long as the worker."""
     global _decoder
@@ -143,7 +149,6 @@ def _prepare(jobs: list[Job], settings: TrackSettings, work: Place) -> tuple[lis
     return finished, [o for o in outcomes if isinstance(o, Prepared)]
 
 
-@ray.remote(num_cpus=0.5, max_restarts=0)
 class _Encoder:
     """A codec in a process of its own; every call depends on its own tracks alone."""
 
@@ -160,6 +165,10 @@ class _Encoder:
         for prepared in batch:
             stages.save(self.work, prepared.job.work_id, stages.encode(prepared, self.codec))
         return [(p.job.work_id, p.seconds) for p in batch]
+
+
+_remote_prepare: Any = ray.remote(num_cpus=0.5, max_retries=0, num_returns=2)(_prepare)
+_RemoteEncoder: Any = ray.remote(num_cpus=0.5, max_restarts=0)(_Encoder)
 
 
 class _Run:
@@ -181,7 +190,7 @@ class _Run:
         self.timing = Timing()
 
     def _actor(self) -> Any:
-        return _Encoder.options(scheduling_strategy="SPREAD").remote(self.codec, self.work)
+        return _RemoteEncoder.options(scheduling_strategy="SPREAD").remote(self.codec, self.work)
 
     def loop(self, jobs: Sequence[Job]) -> Timing:
         ray.get([actor.ready.remote() for actor in self.actors])
@@ -203,18 +212,24 @@ class _Run:
         room = 2 * self.count  # prepared batches that may wait for a codec; more would only fill memory
         while self.waiting and len(self.preparing) < self.run.in_flight * self.cores and len(self.prepared) < room:
             batch = self.waiting.popleft()
-            finished, audio = _prepare.remote(batch, settings, self.work)
+            finished, audio = _remote_prepare.remote(batch, settings, self.work)
             self.preparing[finished] = (batch, audio)
         load = {id(actor): 0 for actor in self.actors}
-        for _, actor in self.encoding.values():
-            load[id(actor)] = load.get(id(actor), 0) + 1
+        for batch, actor in self.encoding.values():
+            load[id(actor)] = load.get(id(actor), 0) + (2 if self._suspect(batch) else 1)
         while self.prepared:
+            batch, audio = self.prepared[0]
             actor = min(self.actors, key=lambda a: load[id(a)])
-            if load[id(actor)] >= 2:  # one being encoded, one behind it, so that no actor waits for the driver
+            # One batch being encoded and one behind it, so that no actor waits for the driver; a track that has been
+            # in a dying process before is alone, so that no other pays for it.
+            if load[id(actor)] >= (1 if self._suspect(batch) else 2):
                 break
-            batch, audio = self.prepared.popleft()
+            self.prepared.popleft()
             self.encoding[actor.encode.remote(audio)] = (batch, actor)
-            load[id(actor)] += 1
+            load[id(actor)] += 2 if self._suspect(batch) else 1
+
+    def _suspect(self, batch: list[Job]) -> bool:
+        return any(job.work_id in self.attempts for job in batch)
 
     def _collect(self, ref: Any) -> None:
         if ref in self.preparing:
@@ -245,18 +260,19 @@ class _Run:
             self.done(1, seconds)
 
     def _lost(self, batch: list[Job], error: RayError) -> None:
-        """A micro-batch that ended with an error: its tracks alone, then as rejects; what is no track's fault is raised."""
+        """A micro-batch that ended with an error: its tracks alone, then rejects; other errors are raised."""
         if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
             raise error.cause from None
-        if not isinstance(error, WorkerCrashedError | RayActorError | ray.exceptions.ObjectLostError):
+        if not isinstance(error, WorkerCrashedError | RayActorError | OutOfMemoryError | ObjectLostError):
             raise error
+        code = "oom" if isinstance(error, OutOfMemoryError) else "crash"
         for job in batch:
             self.attempts[job.work_id] = self.attempts.get(job.work_id, 0) + (len(batch) == 1)
             if self.attempts[job.work_id] < ATTEMPTS:
                 self.waiting.appendleft([job])
             else:
                 message = f"its worker died {ATTEMPTS} times: {type(error).__name__}"
-                stages.save(self.work, job.work_id, stages.rejected("worker", "crash", message))
+                stages.save(self.work, job.work_id, stages.rejected("worker", code, message))
                 self.done(1, 0.0)
 
 

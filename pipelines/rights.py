@@ -126,9 +126,9 @@ def _faults(rights: dict[str, Any], config: RightsConfig, today: datetime.date) 
         missing = " and ".join(n for n, v in (("valid_from", start), ("valid_until", end)) if v is None)
         yield "no_term", f"{missing} unknown (an open end is written {PERPETUAL!r})"
     if start is not None and datetime.date.fromisoformat(start) > today:
-        yield "not_yet_valid", f"valid from {start}, today is {today}"
+        yield "not_yet_valid", f"the term begins on {start}"
     if status == "expired" or (end not in (None, PERPETUAL) and datetime.date.fromisoformat(str(end)) < today):
-        yield "expired", f"valid until {end}, today is {today}" + (", status expired" if status == "expired" else "")
+        yield "expired", f"the term ended on {end}" if status != "expired" else "status is expired"
     territory = rights.get("territory") or []
     outside = [t for t in config.territory if not covers(territory, t)]
     if outside:

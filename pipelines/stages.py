@@ -74,7 +74,8 @@ class Result:
     """What became of a job.
 
     Attributes:
-        facts: source_sha256 and, for a track, pcm_sha256, duration_seconds, analysis, source; for a reject, reject.
+        facts: source_sha256 and, for a track, pcm_sha256, duration_seconds, analysis, source,
+            frames; for a reject, reject.
         codes: [K, T] int16; None for a reject.
         chroma: [T_c] uint8; None for a reject.
     """
@@ -165,7 +166,8 @@ def encode(prepared: Prepared, codec: codecs.Codec) -> Result:
         sha256 = prepared.facts["source_sha256"]
         return rejected("codec", "codec_nonfinite", "the prepared audio holds values that are not finite", sha256)
     codes = codec.encode_track(prepared.audio)
-    return Result(prepared.facts, codes.astype(np.int16), prepared.chroma)
+    facts = {**prepared.facts, "frames": int(codes.shape[1])}
+    return Result(facts, codes.astype(np.int16), prepared.chroma)
 
 
 def load_codec(name: str) -> codecs.Codec:

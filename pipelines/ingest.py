@@ -1,0 +1,417 @@
+"""`python -m pipelines.ingest --catalog URI --out URI`: a licensed catalogue to shards that training reads.
+
+catalogue -> schema -> rights gate -> what is missing -> Ray (decode … codes) -> duplicates, captions, splits -> shards.
+
+Running it again does only what is missing: an unchanged catalogue does nothing and says so, a killed run continues,
+a changed row rewrites its own bucket. An output folder made with other settings is refused, naming them.
+Exit code: 0 the output is usable, 1 it is not (no track, or no training track), 2 bad input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.fs as pafs
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from musicgen import settings
+from musicgen.errors import UserError
+from pipelines import analysis, assemble, catalog, cluster, report, rights, shard, stages
+from pipelines.assemble import AssembleConfig, Entry, Previous, SplitConfig
+from pipelines.audio import DecodeConfig
+from pipelines.captions import CaptionConfig
+from pipelines.catalog import Row
+from pipelines.checks import CODES, CheckConfig, Reject
+from pipelines.cluster import RunConfig, Timing
+from pipelines.rights import RightsConfig
+from pipelines.stages import Job, TrackSettings
+from pipelines.store import Place, infos
+
+if TYPE_CHECKING:
+    from musicgen.codec import Codec
+
+DEFAULTS = Path(__file__).resolve().parent.parent / "configs" / "ingest" / "default.yaml"
+
+
+@dataclass(frozen=True)
+class IngestConfig:
+    """Settings of ingest.
+
+    Args:
+        catalog: URI of the catalogue (.jsonl, .csv, .parquet); relative audio addresses start at its folder.
+        out: URI of the data set's folder.
+        codec: `demo` (embedded), a folder, a hub name, or `tiny` (small, random, for trying a catalogue out).
+        analysis: `essentia`, `builtin`, or `auto` for essentia where it is installed.
+        seed: of the caption variants.
+        buckets: hash buckets per split, one shard each; fixed when the set is created.
+        rights: purpose, territory and day of the rights gate.
+        checks: limits of the audio checks.
+        captions: how captions are made.
+        splits: shares of train, valid and test.
+        decode: limits of the decoder.
+        run: use of the machine.
+    """
+
+    catalog: str = ""
+    out: str = ""
+    codec: str = "demo"
+    analysis: str = "auto"
+    seed: int = 0
+    buckets: int = 16
+    rights: RightsConfig = field(default_factory=RightsConfig)
+    checks: CheckConfig = field(default_factory=CheckConfig)
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+    splits: SplitConfig = field(default_factory=SplitConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.buckets <= 99_999:
+            raise ValueError(f"buckets must lie in 1-99999, got {self.buckets}")
+
+
+def identity(config: IngestConfig, codec: Codec) -> dict[str, Any]:
+    """The settings that decide a set's bytes.
+
+    The day of the rights decision is not among them: when a later day turns a track off, the same set shrinks.
+    """
+    return {
+        "schema_version": shard.SCHEMA_VERSION,
+        "codec": codec.identity,
+        "sample_rate_hz": codec.sample_rate,
+        "channels": codec.channels,
+        "analysis": analysis.backend(config.analysis),
+        "seed": config.seed,
+        "buckets": config.buckets,
+        "purpose": sorted(config.rights.purpose),
+        "territory": sorted(config.rights.territory),
+        "checks": asdict(config.checks),
+        "captions": asdict(config.captions),
+        "splits": asdict(config.splits),
+    }
+
+
+def settings_hash(tree: dict[str, Any]) -> str:
+    """Hash of an identity."""
+    return hashlib.sha256(shard.json_bytes(tree)).hexdigest()
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return flat
+
+
+def refuse_other_settings(root: Place, now: dict[str, Any]) -> None:
+    """Raises `UserError` naming every setting in which an existing or unfinished set differs from this run."""
+    for place, pick in ((root / "dataset.json", "settings"), (root / assemble.WORK / "settings.json", None)):
+        if not place.is_file():
+            continue
+        tree = json.loads(place.read())
+        there, here = _flat(tree[pick] if pick else tree), _flat(now)
+        differ = [
+            f"  - {name}: {there.get(name, 'absent')!r} there, {here.get(name, 'absent')!r} now"
+            for name in sorted({*there, *here})
+            if there.get(name) != here.get(name)
+        ]
+        if differ:
+            raise UserError(
+                f"OUT={root} was made with other settings:\n" + "\n".join(differ) + "\n"
+                "Give the same settings, or another OUT folder"
+            )
+
+
+@dataclass(frozen=True)
+class Source:
+    """An admitted row whose audio is there."""
+
+    row: Row
+    place: Place
+    work_id: str
+    size: int
+
+
+class Ingest:
+    """One run: what is admitted, what is known about it, what must be done."""
+
+    def __init__(self, config: IngestConfig, console: Console) -> None:
+        self.config, self.console = config, console
+        self.root = Place.at(config.out)
+        self.work = self.root / assemble.WORK
+        self.catalog = catalog.read(config.catalog)
+        self.codec = stages.load_codec(config.codec)
+        self.identity = identity(config, self.codec)
+        self.hash = settings_hash(self.identity)
+        refuse_other_settings(self.root, self.identity)
+        self.previous = Previous(self.root)
+        self.rejects: list[tuple[Row, Reject, str | None]] = []
+        self.admitted = self._gate()
+        self.sources = self._sources()
+        self.kept = stages.kept(self.work)
+        self.facts: dict[str, tuple[str, dict[str, Any]]] = {}
+        self.again: set[str] = set()
+        self.timing: Timing | None = None
+
+    def _gate(self) -> list[Row]:
+        """Rows that keep to the schema and whose rights allow the use."""
+        today = self.config.rights.day()
+        admitted = []
+        for row in self.catalog.rows:
+            if row.problems:
+                self.rejects.append((row, Reject("catalogue", "invalid_row", "; ".join(row.problems)), None))
+                continue
+            problem = rights.admit(row.rights, self.config.rights, today)
+            if problem is not None:
+                self.rejects.append((row, problem, None))
+            else:
+                admitted.append(row)
+        return admitted
+
+    def _sources(self) -> list[Source]:
+        """Admitted rows whose audio exists; the others are rejected as `missing`."""
+        places: list[tuple[Row, Place]] = []
+        for row in self.admitted:
+            try:
+                places.append((row, self.catalog.folder.join(row.values["uri"])))
+            except UserError as error:
+                self.rejects.append((row, Reject("source", "missing", str(error)), None))
+        sources = []
+        for (row, place), info in zip(places, infos([place for _, place in places])):
+            if info.type != pafs.FileType.File:
+                self.rejects.append((row, Reject("source", "missing", f"no file at {row.values['uri']!r}"), None))
+                continue
+            state = f"{row.track_id}\n{place.uri}\n{info.size}\n{info.mtime_ns}\n{self.hash}"
+            work_id = hashlib.sha256(state.encode()).hexdigest()[:32]
+            sources.append(Source(row, place, work_id, info.size))
+        return sources
+
+    def _learn(self) -> None:
+        """Facts of every source that has been worked on, now or in an earlier run."""
+        for source in self.sources:
+            track_id = str(source.row.track_id)
+            if source.work_id in self.kept:
+                self.facts[track_id] = (source.work_id, stages.load(self.work, source.work_id).facts)
+            elif track_id not in self.again and (found := self.previous.facts(track_id, source.work_id)) is not None:
+                reject = stages.reject_of(found)
+                if reject is None or reject.code not in (*self.config.run.retry, "missing"):
+                    self.facts[track_id] = (source.work_id, found)
+
+    def decide(self) -> tuple[list[Entry], list[tuple[Row, Reject, str | None]], list[Source]]:
+        """Entries of the set, all rejects, and the sources that still need work."""
+        rejects = list(self.rejects)
+        todo: list[Source] = []
+        tracks: dict[str, Source] = {}
+        for source in self.sources:
+            known = self.facts.get(str(source.row.track_id))
+            if known is None:
+                todo.append(source)
+            elif (reject := stages.reject_of(known[1])) is not None:
+                rejects.append((source.row, reject, known[1]["source_sha256"]))
+            else:
+                tracks[str(source.row.track_id)] = source
+        if todo:
+            return [], [], todo
+        twins = assemble.duplicates({track_id: self.facts[track_id][1] for track_id in tracks})
+        groups = assemble.split_groups(self.admitted)
+        plan = AssembleConfig(
+            self.hash, self.config.seed, self.config.buckets, self.config.splits, self.config.captions
+        )
+        entries: list[Entry] = []
+        for track_id, source in tracks.items():
+            work_id, facts = self.facts[track_id]
+            made = twins.get(track_id) or assemble.entry(source.row, work_id, facts, groups[track_id], plan)
+            if isinstance(made, Reject):
+                rejects.append((source.row, made, facts["source_sha256"]))
+            else:
+                entries.append(made)
+                if work_id not in self.kept and not self.previous.has_codes(track_id, work_id):
+                    todo.append(source)
+        return entries, rejects, todo
+
+    def run(self) -> int:
+        """Bring the output folder up to date; returns the exit code."""
+        while True:
+            self._learn()
+            entries, rejects, todo = self.decide()
+            if todo:
+                self._process(todo)
+                continue
+            if self._is_done(entries, rejects):
+                self.work.delete()
+                total = self.previous.info["counts"]
+                self.console.print(
+                    f"[bold]nothing to do[/]: {escape(str(self.root))} holds all {total['tracks']} tracks "
+                    f"({total['hours']:.2f} h) of the catalogue; {total['rejects']} rows are rejected"
+                )
+                return _exit_code(self.previous.info["counts"])
+            try:
+                return self._commit(entries, rejects)
+            except assemble.CodesMissing as error:
+                self.again |= set(error.track_ids)
+                for track_id in error.track_ids:
+                    del self.facts[track_id]
+
+    def _is_done(self, entries: list[Entry], rejects: list[tuple[Row, Reject, str | None]]) -> bool:
+        by_shard: dict[str, list[Entry]] = {}
+        for e in entries:
+            by_shard.setdefault(e.shard, []).append(e)
+        info = self.previous.info
+        return (
+            bool(info)
+            and set(by_shard) == set(self.previous.shards)
+            and all(self.previous.unchanged(name, members) for name, members in by_shard.items())
+            and assemble.reject_rows(rejects) == self.previous.rejects
+            and (self.root / "card" / "index.html").is_file()
+        )
+
+    def _process(self, todo: Sequence[Source]) -> None:
+        self.work.make_folder()
+        (self.work / "settings.json").write(json.dumps(self.identity, indent=1).encode())
+        largest_first = sorted(todo, key=lambda s: (-s.size, s.work_id))
+        jobs = [Job(str(s.row.track_id), s.place, s.work_id, s.size) for s in largest_first]
+        what = TrackSettings(
+            self.config.checks,
+            self.config.decode,
+            self.identity["analysis"],
+            self.codec.sample_rate,
+            self.codec.channels,
+        )
+        with _progress(self.console) as bar:
+            task = bar.add_task("starting Ray", total=len(jobs), rate="")
+            began, heard = time.monotonic(), 0.0
+
+            def done(tracks: int, seconds: float) -> None:
+                nonlocal heard
+                heard += seconds
+                rate = heard / max(time.monotonic() - began, 1e-6)
+                bar.update(task, advance=tracks, description="tracks", rate=f"{rate:.0f} audio-s/s")
+
+            timing = cluster.process(jobs, what, self.config.codec, self.work, self.config.run, done)
+        if self.timing is None:
+            self.timing = timing
+        else:
+            self.timing.completions += timing.completions
+        kept = stages.kept(self.work)
+        lost = [job.track_id for job in jobs if job.work_id not in kept]
+        if lost:
+            raise RuntimeError(f"{len(lost)} tracks were given to Ray and have no result: {', '.join(lost[:5])}")
+        self.kept = kept
+
+    def _commit(self, entries: list[Entry], rejects: list[tuple[Row, Reject, str | None]]) -> int:
+        with _progress(self.console) as bar:
+            task = bar.add_task("shards", total=len({e.shard for e in entries}), rate="")
+            rows, hashes, written = assemble.write_shards(
+                self.root, entries, self.previous, self.kept, lambda: bar.update(task, advance=1)
+            )
+            bar.update(task, completed=len({e.shard for e in entries}))
+        index = shard.index_table(rows)
+        rejected = assemble.reject_rows(rejects)
+        total = assemble.counts(len(self.catalog.rows), index, rejected)
+        info = {
+            "schema_version": shard.SCHEMA_VERSION,
+            "dataset_version": shard.dataset_version(index),
+            "codec": {
+                "name": self.codec.name,
+                "identity": self.codec.identity,
+                "frame_rate": self.codec.frame_rate,
+                "num_codebooks": self.codec.num_codebooks,
+                "codebook_size": self.codec.codebook_size,
+                "sample_rate_hz": self.codec.sample_rate,
+                "channels": self.codec.channels,
+            },
+            "settings": self.identity,
+            "settings_hash": self.hash,
+            "rights_day": self.config.rights.day().isoformat(),
+            "catalogue": self.config.catalog,
+            "processor": processor(),
+            "counts": total,
+            "shards": hashes,
+        }
+        assemble.write_tables(self.root, index, rejected, assemble.source_rows(entries, self.facts))
+        metas = {e.track_id: e.meta for e in entries}
+        report.write(self.root, info, [metas[t] for t in index.column("track_id").to_pylist()], rejected)
+        (self.root / "dataset.json").write(json.dumps(info, indent=1, sort_keys=True, ensure_ascii=False).encode())
+        self.work.delete()
+        self._summary(info, len(written))
+        return _exit_code(total)
+
+    def _summary(self, info: dict[str, Any], written: int) -> None:
+        total, console = info["counts"], self.console
+        table = Table(title=f"data set {info['dataset_version'][:12]}", title_justify="left", show_header=False)
+        table.add_row("rows in the catalogue", str(total["rows"]))
+        table.add_row("tracks in shards", f"{total['tracks']}  ({total['hours']:.2f} h)")
+        for split in shard.SPLITS:
+            table.add_row(f"  {split}", f"{total['tracks_by_split'][split]}  ({total['hours_by_split'][split]:.2f} h)")
+        table.add_row("rejected", str(total["rejects"]))
+        for code, count in total["rejects_by_code"].items():
+            table.add_row(f"  {code}", f"{count}  ({CODES[code]})")
+        table.add_row("shards written", f"{written} of {len(info['shards'])}")
+        if self.timing is not None:
+            table.add_row("steady state", f"{self.timing.steady_rate():.1f} audio-seconds per second")
+            table.add_row("starting Ray and its workers", f"{self.timing.start_seconds:.1f} s")
+        table.add_row("data card", escape(str(self.root / "card" / "index.html")))
+        console.print(table)
+        if not total["tracks_by_split"]["train"]:
+            console.print("[bold red]not usable for training[/]: no track is in the train split; see the rejects above")
+        elif not total["tracks_by_split"]["valid"]:
+            console.print("note: no track fell into the valid split; a larger splits.valid or more artists change that")
+
+
+def _exit_code(total: dict[str, Any]) -> int:
+    return 0 if total["tracks_by_split"]["train"] else 1
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[rate]}"), console=console)
+
+
+def processor() -> str:
+    """The kind of processor, with what decides its arithmetic: another kind may differ in a few codes."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = names[0].split(":", 1)[1].strip() if names else name
+    return f"{name}; {torch.backends.cpu.get_cpu_capability()}; torch {torch.__version__}"
+
+
+def check(config: IngestConfig) -> None:
+    """Settings that cannot be judged one by one. Raises `UserError`."""
+    for name, value in (("catalog", config.catalog), ("out", config.out)):
+        if not value.strip():
+            raise UserError(f"{name} is missing: make ingest CATALOG=… OUT=… (or --{name} URI)")
+    try:
+        config.rights.day()
+    except ValueError:
+        raise UserError(f"rights.today is {config.rights.today!r}; expected YYYY-MM-DD or nothing") from None
+    unknown = sorted(set(config.run.retry) - set(CODES))
+    if unknown:
+        raise UserError(f"run.retry names unknown reject codes: {', '.join(unknown)}; known: {', '.join(CODES)}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Returns the exit code."""
+    layers = [DEFAULTS] if DEFAULTS.is_file() else []
+    config = settings.parse(IngestConfig, argv, layers=layers, prog="python -m pipelines.ingest")
+    check(config)
+    console = Console(file=sys.stdout)
+    return Ingest(config, console).run()
+
+
+if __name__ == "__main__":
+    settings.run(main)
