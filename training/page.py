@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from html import escape
 
 KIND_NAMES = {
-    "run": ("This run", "made by the model just trained"),
-    "shipped": ("Shipped model", "made by the model that trained longer"),
-    "codec": ("Codec ceiling", "the original through the codec and back"),
-    "original": ("Original", "an excerpt of the catalogue's recording"),
+    "run": ("This run", "by the model just trained"),
+    "shipped": ("Shipped model", "by the model that trained longer"),
+    "codec": ("Codec ceiling", "the original, through the codec"),
+    "original": ("Original", "the catalogue's own recording"),
 }
 
 STYLE = """
@@ -26,15 +26,15 @@ STYLE = """
 body { margin:0; background:var(--ground); color:var(--ink);
   font:16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main, header > div, footer > div { max-width:76rem; margin:0 auto; padding:0 1.25rem; }
-header { padding:3rem 0 1rem; } footer { padding:2rem 0 4rem; color:var(--soft); font-size:.875rem; }
+header { padding:3rem 0 0; } footer { padding:2rem 0 4rem; color:var(--soft); font-size:.875rem; }
 h1 { font-size:clamp(1.7rem, 4vw, 2.5rem); line-height:1.15; margin:0 0 .5rem; letter-spacing:-.015em; }
-h2 { font-size:1.35rem; margin:3.5rem 0 .5rem; letter-spacing:-.01em; }
+h2 { font-size:1.35rem; margin:3rem 0 .5rem; letter-spacing:-.01em; }
 h3 { font-size:1.1rem; font-weight:600; margin:2.25rem 0 .1rem; max-width:52rem; text-wrap:pretty; }
 p { max-width:46rem; margin:.4rem 0 .9rem; } .soft, .about { color:var(--soft); }
 .about { font-size:.9rem; margin-top:0; }
 nav { display:flex; flex-wrap:wrap; gap:.25rem 1.25rem; padding-top:.5rem; } a { color:inherit; }
 nav a { color:var(--soft); text-underline-offset:.25em; }
-.tiles { display:grid; grid-template-columns:repeat(auto-fit, minmax(12.5rem, 1fr)); gap:.75rem; margin:1.5rem 0; }
+.tiles { display:grid; grid-template-columns:repeat(auto-fit, minmax(12.5rem, 1fr)); gap:.75rem; margin:1.5rem 0 0; }
 .tile { background:var(--card); border:1px solid var(--line); border-radius:.6rem; padding:.8rem 1rem; }
 .tile b { display:block; font-size:1.5rem; font-weight:600; letter-spacing:-.01em; font-variant-numeric:tabular-nums; }
 .tile span { color:var(--soft); font-size:.85rem; line-height:1.35; display:block; }
@@ -48,11 +48,12 @@ nav a { color:var(--soft); text-underline-offset:.25em; }
 .picture { position:relative; cursor:pointer; background:#000; line-height:0; }
 .picture img { width:100%; height:8.5rem; display:block; object-fit:fill; }
 .picture i { position:absolute; top:0; bottom:0; left:0; width:1px; background:#fff; opacity:.85; pointer-events:none; }
-.picture span { position:absolute; left:.35rem; font:10px/1 system-ui, sans-serif; color:#fff; opacity:.75;
+.picture span { position:absolute; left:.35rem; font:10px/1 system-ui, sans-serif; color:#fff; opacity:.85;
+  text-shadow:0 0 3px #000, 0 0 2px #000;
   transform:translateY(50%); pointer-events:none; }
 .clip audio { width:100%; height:2.4rem; display:block; }
 .facts { padding:.45rem .8rem .6rem; color:var(--soft); font-size:.8rem; font-variant-numeric:tabular-nums; }
-.plots { display:grid; grid-template-columns:repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap:.9rem; }
+.plots { display:grid; grid-template-columns:repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); gap:.9rem; }
 .plot { background:var(--card); border:1px solid var(--line); border-radius:.6rem;
   padding:.7rem .8rem .4rem; margin:0; }
 .plot figcaption { font-weight:600; font-size:.95rem; } .plot svg { width:100%; height:auto; display:block; }

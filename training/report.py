@@ -231,7 +231,7 @@ def loss_svg(found: Learning, which: int, wide: bool) -> str:
     ):
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(11, 3.6) if wide else (5.2, 2.9), layout="constrained")
+        figure = Figure(figsize=(11, 3.4) if wide else (3.7, 2.7), layout="constrained")
         axes = figure.add_subplot()
         (train_steps, train), (valid_steps, valid) = found.train, found.valid
         axes.plot(train_steps, train[:, which], color=TRAIN, linewidth=1.1)
@@ -250,7 +250,9 @@ def loss_svg(found: Learning, which: int, wide: bool) -> str:
         axes.yaxis.label.set_color(INK)
         axes.grid(axis="y", color=INK, alpha=0.1)
         out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(
+            out, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     svg = out.getvalue()
     return svg[svg.index("<svg") :].replace(INK, "currentColor").replace("DejaVu Sans", "system-ui")
 
@@ -290,18 +292,21 @@ def _card(data: ShardSet, data_place: str) -> str:
     )
 
 
+def _beside(loss_nats: float, found: Learning) -> str:
+    below = found.unigram[0] - loss_nats
+    return f"{abs(below):.2f} {'below' if below >= 0 else 'above'}"
+
+
 def _tiles(
     found: Learning, clips: Sequence[listening.Clip], data: ShardSet, rejects: int, seconds: float
 ) -> list[tuple[str, str]]:
     tiles = []
     if len(found.valid[0]):
         best = float(found.valid[1][:, 0].min())
-        below = found.unigram[0] - best
-        side = "below" if below >= 0 else "above"
-        tiles.append((f"{best:.2f} nats", f"validation loss of this run, {abs(below):.2f} {side} the unigram entropy"))
+        tiles.append((f"{best:.2f} nats", f"validation loss of this run, {_beside(best, found)} the unigram entropy"))
     if found.shipped is not None:
-        below = found.unigram[0] - found.shipped[0]
-        tiles.append((f"{found.shipped[0]:.2f} nats", f"the shipped model on the same crops, {below:.2f} below it"))
+        text = f"the shipped model on the same crops, {_beside(found.shipped[0], found)} the unigram entropy"
+        tiles.append((f"{found.shipped[0]:.2f} nats", text))
     mel = [c.mel for c in clips if c.mel is not None]
     chroma = [c.chroma for c in clips if c.chroma is not None and not math.isnan(c.chroma)]
     if mel and chroma:
