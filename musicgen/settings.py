@@ -93,7 +93,7 @@ def parse(config_class: type[T], argv: Sequence[str], *, layers: Sequence[str | 
         _reject_unknown(list(_flat(tree, config_class)), config_class, path)
     try:
         parsed = parser.parse_args(tokens)
-        built = parser.instantiate_classes(parsed)
+        built = parser.instantiate(parsed)
     except SystemExit as error:  # jsonargparse leaves this way on some errors
         raise SettingsError("the settings could not be read; see the message above") from error
     except Exception as error:
