@@ -84,7 +84,7 @@ class LMConfig:
 _DEMO_TEXT = ConditionConfig(text_encoder="minilm", text_dim=384)
 
 SIZES: dict[str, LMConfig] = {
-    "demo": LMConfig(dim=160, num_layers=4, num_heads=5, condition=_DEMO_TEXT),
+    "demo": LMConfig(dim=160, num_layers=3, num_heads=2, condition=_DEMO_TEXT),
     "300m": LMConfig(dim=1024, num_layers=24, num_heads=16),
     "1.5b": LMConfig(dim=1536, num_layers=48, num_heads=24),
     "3.3b": LMConfig(dim=2048, num_layers=48, num_heads=32),

@@ -10,30 +10,70 @@ Source: Copet et al. 2023, section 3; audiocraft `solvers/musicgen.py::_compute_
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+CHUNK_ROWS = 1024  # logits of this many positions exist at a time: 8 MB in float32 for 2048 codes
 
-def cross_entropy_sums(hidden: Tensor, heads: Sequence[nn.Module], targets: Tensor, mask: Tensor) -> Tensor:
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of a linear head, without ever holding all logits.
+
+    Four heads of 2048 codes cost a small model as much as its layers, mostly in memory traffic. So logits are made a
+    chunk of positions at a time and turned at once into the gradients of `hidden` and `weight`, which the backward
+    pass only scales. Matrix products are in the autocast type, the softmax in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        low_weight = weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden, dtype=dtype)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(hidden), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            low_hidden = hidden[rows].to(dtype)
+            p = torch.softmax(low_hidden @ low_weight.t(), dim=-1, dtype=torch.float32)
+            at = targets[rows, None]
+            # A probability that underflows counts as 1e-38 in the sum; its gradient stays exact.
+            of_target = p.gather(1, at)
+            total -= of_target.clamp(min=1e-38).log().sum()
+            low = p.scatter_(1, at, of_target - 1).to(dtype)
+            grad_hidden[rows] = low @ low_weight
+            grad_weight += low.t() @ low_hidden
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.types = hidden.dtype, weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        types = ctx.types
+        return (grad_hidden * grads[0]).to(types[0]), (grad_weight * grads[0]).to(types[1]), None, None
+
+
+def cross_entropy_sums(hidden: Tensor, heads: Sequence[nn.Linear], targets: Tensor, mask: Tensor) -> Tensor:
     """Sum of the cross-entropy over each codebook's targets.
 
     Args:
         hidden: `[B, S, D]`, what the heads read.
-        heads: K maps from D to V logits.
+        heads: K linear maps from D to V logits, without bias.
         targets: `[B, K, S]` long.
         mask: `[B, K, S]` bool, true where a target counts. Other cells never enter a softmax.
 
     Returns:
         float32 `[K]`, differentiable.
     """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     sums = []
-    for k, head in enumerate(heads):
-        chosen = mask[:, k]
-        logits = head(hidden[chosen])
-        sums.append(F.cross_entropy(logits.float(), targets[:, k][chosen], reduction="sum"))
+    with torch.autocast(kind, enabled=False):
+        for k, head in enumerate(heads):
+            chosen = mask[:, k]
+            sums.append(_HeadCrossEntropy.apply(hidden[chosen], head.weight, targets[:, k][chosen], dtype))
     return torch.stack(sums)
 
 

@@ -449,7 +449,8 @@ def _summary(folder: Path, module: MusicLMModule, valid: dict[str, float], stop:
         perplexity = math.exp(module.progress.best_loss)
         print(
             f"best      valid loss {module.progress.best_loss:.3f} (perplexity {perplexity:.0f}) at step "
-            f"{module.progress.best_step}, {abs(below):.3f} nats {'below' if below >= 0 else 'above'} unigram; release in {folder}/release"
+            f"{module.progress.best_step}, {abs(below):.3f} nats {'below' if below >= 0 else 'above'} unigram; "
+            f"release in {folder}/release"
         )
 
 
