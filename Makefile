@@ -42,7 +42,7 @@ setup: $(VENV)/.core ## virtual environment with the locked versions (TORCH_INDE
 dev: $(VENV)/.dev ## the same plus the tools of test and check
 
 demo: setup ## ingest, train, generate, report on the embedded catalogue; ends with the page to open
-	$(BIN)/python -m training.demo --out "$(DEMO)" $(ARGS)
+	$(BIN)/python -m training.demo --folder "$(DEMO)" $(ARGS)
 
 test: dev ## the test suite (under 12 minutes on two cores)
 	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)

@@ -1,0 +1,168 @@
+"""`make assets`: rebuild everything that ships, in order, and resume wherever it was stopped.
+
+    audio -> codec -> tokens -> demo model -> figures
+
+Ten hours of music of the demo's kind are rendered, the codec is trained on them, they become tokens of that codec, the
+demo model is trained on those and measured, and `musicgen/assets/figures.json` keeps what was measured, so that a test
+can tell when an asset and its figures part. Whoever changes the codec or the demo music runs this. Every step is one of
+our own commands, which skips what is already whole; a step's stamp in the work folder keeps a hash of what it started
+from. On two CPU cores the whole takes some hours, nearly all of it in the two trainings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from musicgen import settings
+from musicgen.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "musicgen" / "assets"
+CODEC_BYTES_AT_MOST = 8_000_000
+MODELS_BYTES_AT_MOST = 14_000_000
+
+
+@dataclass(frozen=True)
+class AssetsConfig:
+    """Settings of `python -m training.assets`.
+
+    Args:
+        work: folder for the music, runs and stamps.
+        hours: music to render for training.
+        music_seed: seed of that music.
+        codec_steps: steps of the codec's training.
+        model_steps: steps of the demo model's training.
+        embedded: also render the embedded catalogue anew (its bytes depend on the fluidsynth that is installed).
+        only: do just these steps (music, codec, tokens, model, figures); empty for all.
+    """
+
+    work: str = "data/assets"
+    hours: float = 12.0
+    music_seed: int = 1
+    codec_steps: int = 7000
+    model_steps: int = 4000
+    embedded: bool = False
+    only: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = set(self.only) - set(STEPS)
+        if unknown:
+            raise ValueError(f"unknown steps {sorted(unknown)}; allowed: {', '.join(STEPS)}")
+
+
+STEPS = ("music", "codec", "tokens", "model", "figures")
+
+
+def _command(module: str, *words: str) -> None:
+    ended = subprocess.run([sys.executable, "-m", module, *words], check=False, cwd=ROOT)
+    if ended.returncode:
+        raise UserError(f"python -m {module} {' '.join(words)} ended with exit code {ended.returncode}; see above")
+
+
+def _hash(*parts: str | Path) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.read_bytes() if isinstance(part, Path) else part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _ship(release: Path, target: Path, names: Sequence[str]) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copyfile(release / name, target / name)
+
+
+def _size(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def music(config: AssetsConfig, work: Path) -> None:
+    """Render the ten hours, and the embedded catalogue when asked."""
+    if config.embedded:
+        _command("pipelines.demo.catalogue", "--embedded", "--out", str(SHIPPED / "catalogue"))
+    _command(
+        "pipelines.demo.catalogue", "--out", str(work / "music"), "--hours", f"{config.hours:g}",
+        "--seed", str(config.music_seed),
+    )  # fmt: skip
+
+
+def codec(config: AssetsConfig, work: Path) -> None:
+    """Train the codec and ship its best averaged weights."""
+    _command(
+        "training.codec.train", "--config", str(ROOT / "configs/codec/demo.yaml"), "--data",
+        str(work / "music" / "catalog.jsonl"), "--run", str(work / "codec"), "--steps", str(config.codec_steps),
+    )  # fmt: skip
+    _ship(work / "codec" / "release", SHIPPED / "codec", ("config.json", "model.safetensors"))
+    if _size(SHIPPED / "codec") > CODEC_BYTES_AT_MOST:
+        raise UserError(f"the codec has {_size(SHIPPED / 'codec'):,} bytes; at most {CODEC_BYTES_AT_MOST:,} ship")
+
+
+def tokens(config: AssetsConfig, work: Path) -> None:
+    """Turn the ten hours into shards with the shipped codec."""
+    _command(
+        "pipelines.ingest", "--config", str(ROOT / "configs/ingest/demo.yaml"), "--catalog",
+        str(work / "music" / "catalog.jsonl"), "--out", str(work / "tokens"), "--codec", "demo",
+    )  # fmt: skip
+
+
+def model(config: AssetsConfig, work: Path) -> None:
+    """Train the demo model for longer and ship the step with the lowest validation loss."""
+    _command(
+        "training.train", "--size", "demo", "--data", str(work / "tokens"), "--run", str(work / "model"),
+        "--config", str(ROOT / "configs/train/demo-long.yaml"), "--steps", str(config.model_steps),
+    )  # fmt: skip
+    _ship(work / "model" / "release", SHIPPED / "model", ("config.json", "model.safetensors"))
+    both = _size(SHIPPED / "codec") + _size(SHIPPED / "model")
+    if both > MODELS_BYTES_AT_MOST:
+        raise UserError(f"codec and model have {both:,} bytes together; at most {MODELS_BYTES_AT_MOST:,} ship")
+
+
+def figures(config: AssetsConfig, work: Path) -> None:
+    """Measure what ships and keep the figures beside it."""
+    embedded = str(SHIPPED / "catalogue" / "catalog.jsonl")
+    _command("training.codec.evaluate", "--data", embedded, "--cache", str(work / "eval-pcm"), "--out", str(work / "codec.json"))
+    _command("training.music_check", "--model", "demo", "--data", str(work / "tokens"), "--out", str(work / "music_check.json"))
+    kept = {
+        "codec": json.loads((work / "codec.json").read_text()),
+        "music_check": json.loads((work / "music_check.json").read_text()),
+        "sha256": {
+            name: _hash(SHIPPED / name / "model.safetensors").removesuffix("") for name in ("codec", "model")
+        },
+    }
+    (SHIPPED / "figures.json").write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+
+
+def main(argv: list[str]) -> int:
+    """Run the steps whose inputs changed since their stamp; 0 when all are whole."""
+    config = settings.parse(AssetsConfig, argv, prog="python -m training.assets")
+    work = Path(config.work)
+    work.mkdir(parents=True, exist_ok=True)
+    actions: dict[str, Callable[[AssetsConfig, Path], None]] = {
+        "music": music, "codec": codec, "tokens": tokens, "model": model, "figures": figures,
+    }  # fmt: skip
+    came_from = ""
+    for name in STEPS:
+        came_from = _hash(came_from, name, repr({k: v for k, v in settings.to_dict(config).items() if k != "only"}))
+        if config.only and name not in config.only:
+            continue
+        stamp = work / f"{name}.done"
+        if stamp.is_file() and stamp.read_text() == came_from:
+            print(f"{name}: already whole")
+            continue
+        print(f"{name} …", flush=True)
+        actions[name](config, work)
+        stamp.write_text(came_from)
+    print(f"shipped: {_size(SHIPPED / 'codec'):,} bytes of codec, {_size(SHIPPED / 'model'):,} bytes of model")
+    return 0
+
+
+if __name__ == "__main__":
+    settings.run(main)
