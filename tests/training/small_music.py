@@ -64,9 +64,9 @@ def make_catalog(folder: Path, tracks: int, seconds: float = 6.0) -> Path:
                 "descriptions": [{"text": f"a plucked {style} in C, number {i}", "language": "en"}],
                 "rights": {
                     "licence": "CC0-1.0",
-                    "rightsholders": [{"name": f"Artist {i}", "role": "author", "share": 1.0}],
+                    "rightsholders": [{"party": f"Artist {i}", "role": "author", "share": 1.0}],
                     "grants": ["train", "generate", "distribute"],
-                    "territory": ["world"],
+                    "territory": ["WORLD"],
                     "valid_from": "2020-01-01",
                     "valid_until": "perpetual",
                     "consent_evidence": "made for this test",
