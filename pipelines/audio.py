@@ -35,6 +35,7 @@ _FORMATS = "wav,w64,rf64,aiff,caf,au,flac,mp3,ogg,mov,mp4,m4a,matroska,webm,aac,
 _REQUEST = struct.Struct("<Qdd")
 _ANSWER = struct.Struct("<QQ")
 _MAX_CHANNELS = 8
+_GRACE_SECONDS = 5.0  # the child ends itself in time; the parent only watches that it does
 _XING = re.compile(rb"Xing|Info|VBRI")
 
 
@@ -169,7 +170,7 @@ class Decoder:
     def _ask(self, data: bytes) -> Decoded:
         child = self._start()
         assert child.stdin is not None and child.stdout is not None
-        deadline = time.monotonic() + self.limits.timeout_seconds + 5.0
+        deadline = time.monotonic() + self.limits.timeout_seconds + _GRACE_SECONDS
         try:
             child.stdin.write(_REQUEST.pack(len(data), self.limits.timeout_seconds, self.max_seconds))
             child.stdin.write(data)

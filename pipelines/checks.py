@@ -161,7 +161,7 @@ def finite(pcm: np.ndarray, sample_rate_hz: int, limits: CheckConfig) -> Reject 
     return None
 
 
-ORDER = (finite, length, silence, clipping, offset, phase)
+ORDER = (length, finite, silence, clipping, offset, phase)
 
 
 def first(pcm: np.ndarray, sample_rate_hz: int, limits: CheckConfig) -> Reject | None:

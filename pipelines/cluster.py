@@ -39,7 +39,8 @@ from pipelines.audio import Decoder
 from pipelines.stages import Job, Prepared, Result, TrackSettings
 from pipelines.store import Place
 
-ATTEMPTS = 2
+ATTEMPTS = 2  # for a track whose worker died
+START_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -93,28 +94,32 @@ def start(run: RunConfig) -> float:
     if ray.is_initialized():
         return 0.0
     began = time.monotonic()
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-    try:
-        if run.address:
-            ray.init(address=run.address, **common)
-        else:
-            # every child process inherits these: one thread per worker, as the plan of one process per core asks
-            for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-                os.environ.setdefault(name, "1")
-            ray.init(
-                num_cpus=run.cores or available_cores(),
-                include_dashboard=False,
-                object_store_memory=run.object_store_mb * 2**20,
-                **common,
-            )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"at run.address={run.address!r}" if run.address else "on this machine"
-        raise UserError(f"Ray could not be reached {where}: {error}") from error
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    if run.address:
+        options["address"] = run.address
+    else:
+        # every child process inherits these: one thread per worker, as the plan of one process per core asks
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ.setdefault(name, "1")
+        options["num_cpus"] = run.cores or available_cores()
+        options["object_store_memory"] = run.object_store_mb * 2**20
+        options["include_dashboard"] = False
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(**options)
+            break
+        except Exception as error:  # Ray raises bare Exceptions when a busy machine is slower than its own limits
+            ray.shutdown()
+            if run.address or attempt == START_ATTEMPTS - 1:
+                where = f"at run.address={run.address!r}" if run.address else "on this machine"
+                raise UserError(f"Ray could not be reached {where}: {error}") from error
     return time.monotonic() - began
 
 
 def stop() -> None:
     """Disconnect; ends a Ray that was started here."""
+    _encoders.clear()
     ray.shutdown()
 
 
@@ -152,35 +157,34 @@ def _prepare(jobs: list[Job], settings: TrackSettings, work: Place) -> tuple[lis
 class _Encoder:
     """A codec in a process of its own; every call depends on its own tracks alone."""
 
-    def __init__(self, codec: str, work: Place) -> None:
+    def __init__(self, codec: str) -> None:
         _one_thread()
         self.codec = stages.load_codec(codec)
-        self.work = work
 
-    def ready(self) -> bool:
-        return True
+    def identity(self) -> str:
+        return self.codec.identity
 
-    def encode(self, batch: list[Prepared]) -> list[tuple[str, float]]:
+    def encode(self, batch: list[Prepared], work: Place) -> list[tuple[str, float]]:
         """Encode and save; returns (work id, audio seconds) per track."""
         for prepared in batch:
-            stages.save(self.work, prepared.job.work_id, stages.encode(prepared, self.codec))
+            stages.save(work, prepared.job.work_id, stages.encode(prepared, self.codec))
         return [(p.job.work_id, p.seconds) for p in batch]
 
 
 _remote_prepare: Any = ray.remote(num_cpus=0.5, max_retries=0, num_returns=2)(_prepare)
 _RemoteEncoder: Any = ray.remote(num_cpus=0.5, max_restarts=0)(_Encoder)
+_encoders: dict[tuple[str, str], list[Any]] = {}  # started once per codec; a second pass of a run finds them warm
 
 
 class _Run:
     """One pass over the jobs: what is waiting, being prepared, and being encoded."""
 
     def __init__(
-        self, settings: TrackSettings, codec: str, work: Place, run: RunConfig, done: Callable[[int, float], None]
+        self, settings: TrackSettings, work: Place, run: RunConfig, done: Callable[[int, float], None]
     ) -> None:
-        self.settings, self.codec, self.work, self.run, self.done = settings, codec, work, run, done
+        self.settings, self.work, self.run, self.done = settings, work, run, done
         self.cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self.count = run.codec_actors or self.cores
-        self.actors = [self._actor() for _ in range(self.count)]
         self.waiting: deque[list[Job]] = deque()
         self.preparing: dict[Any, tuple[list[Job], Any]] = {}
         self.prepared: deque[tuple[list[Job], Any]] = deque()
@@ -190,22 +194,32 @@ class _Run:
         self.timing = Timing()
 
     def _actor(self) -> Any:
-        return _RemoteEncoder.options(scheduling_strategy="SPREAD").remote(self.codec, self.work)
+        return _RemoteEncoder.options(scheduling_strategy="SPREAD").remote(self.settings.codec)
+
+    def _start_actors(self) -> list[Any]:
+        """As many codec processes as asked for, each with the very codec that the set names."""
+        pool = _encoders.setdefault((self.settings.codec, self.settings.codec_identity), [])
+        pool += [self._actor() for _ in range(self.count - len(pool))]
+        for actor, identity in zip(pool, ray.get([actor.identity.remote() for actor in pool])):
+            if identity != self.settings.codec_identity:
+                ray.kill(actor)
+                pool.remove(actor)
+                raise UserError(
+                    f"codec {self.settings.codec!r} is another one on a worker ({identity[:12]}) than here "
+                    f"({self.settings.codec_identity[:12]}); every machine of the cluster needs the same files"
+                )
+        return pool
 
     def loop(self, jobs: Sequence[Job]) -> Timing:
-        ray.get([actor.ready.remote() for actor in self.actors])
+        self.actors = self._start_actors()
         self.began = time.monotonic()
         settings, size = ray.put(self.settings), max(1, self.run.batch)
         self.waiting.extend(list(jobs[i : i + size]) for i in range(0, len(jobs), size))
-        try:
-            while self.waiting or self.preparing or self.prepared or self.encoding:
-                self._feed(settings)
-                ready, _ = ray.wait([*self.encoding, *self.preparing], num_returns=1, timeout=10.0)
-                for ref in ready:
-                    self._collect(ref)
-        finally:
-            for actor in self.actors:
-                ray.kill(actor)
+        while self.waiting or self.preparing or self.prepared or self.encoding:
+            self._feed(settings)
+            ready, _ = ray.wait([*self.encoding, *self.preparing], num_returns=1, timeout=10.0)
+            for ref in ready:
+                self._collect(ref)
         return self.timing
 
     def _feed(self, settings: Any) -> None:
@@ -225,7 +239,7 @@ class _Run:
             if load[id(actor)] >= (1 if self._suspect(batch) else 2):
                 break
             self.prepared.popleft()
-            self.encoding[actor.encode.remote(audio)] = (batch, actor)
+            self.encoding[actor.encode.remote(audio, self.work)] = (batch, actor)
             load[id(actor)] += 2 if self._suspect(batch) else 1
 
     def _suspect(self, batch: list[Job]) -> bool:
@@ -279,7 +293,6 @@ class _Run:
 def process(
     jobs: Sequence[Job],
     settings: TrackSettings,
-    codec: str,
     work: Place,
     run: RunConfig,
     done: Callable[[int, float], None] = lambda tracks, seconds: None,
@@ -289,7 +302,6 @@ def process(
     Args:
         jobs: what to do; longest first keeps the end short.
         settings: for every track.
-        codec: name for `stages.load_codec`.
         work: folder of the results.
         done: called with (tracks, audio seconds) as they are finished.
 
@@ -299,7 +311,7 @@ def process(
     began = time.monotonic()
     start(run)
     try:
-        one_pass = _Run(settings, codec, work, run, done)
+        one_pass = _Run(settings, work, run, done)
         timing = one_pass.loop(jobs)
     except RayActorError as error:
         raise UserError(f"a codec process could not start: {error}") from error

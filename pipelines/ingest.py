@@ -285,6 +285,8 @@ class Ingest:
             self.config.checks,
             self.config.decode,
             self.identity["analysis"],
+            self.config.codec,
+            self.codec.identity,
             self.codec.sample_rate,
             self.codec.channels,
         )
@@ -298,7 +300,7 @@ class Ingest:
                 rate = heard / max(time.monotonic() - began, 1e-6)
                 bar.update(task, advance=tracks, description="tracks", rate=f"{rate:.0f} audio-s/s")
 
-            timing = cluster.process(jobs, what, self.config.codec, self.work, self.config.run, done)
+            timing = cluster.process(jobs, what, self.work, self.config.run, done)
         if self.timing is None:
             self.timing = timing
         else:

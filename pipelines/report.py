@@ -30,7 +30,9 @@ STYLE = """
 .card .tiles{display:flex;flex-wrap:wrap;gap:12px;margin:16px 0}
 .card .tile{background:#f3f6f8;border-radius:10px;padding:12px 18px;min-width:110px}
 .card .tile b{display:block;font-size:1.5rem;line-height:1.2}.card .tile span{color:#52616f;font-size:.85rem}
-.card .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(330px,1fr));gap:18px}
+.card .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(430px,1fr));gap:18px}
+.card .key{margin:0 0 12px;color:#52616f;font-size:.9rem}
+.card .key i{display:inline-block;width:.8em;height:.8em;border-radius:3px;margin:0 .35em 0 1em}
 .card figure{margin:0;background:#fff;border:1px solid #dfe5ea;border-radius:10px;padding:10px 12px}
 .card figcaption{font-weight:600;margin-bottom:4px}.card svg{width:100%;height:auto;display:block}
 .card table{border-collapse:collapse;width:100%;font-size:.92rem}
@@ -137,16 +139,17 @@ def _plots(metas: Sequence[dict[str, Any]]) -> str:
     if not metas:
         return "<p>No track was admitted.</p>"
     split_hours = _hours(metas, lambda m: m["split"])
-    figures = [_figure("Split", {s: split_hours[s] for s in SPLITS if s in split_hours}, legend=False)]
+    figures = [_figure("Hours by split", {s: split_hours[s] for s in SPLITS if s in split_hours}, in_order=True)]
     for title, name, in_order in _PLOTS:
         values = _hours(metas, name)
         if in_order:
             values = dict(sorted(values.items(), key=lambda i: (i[0] == "unknown", len(i[0]), i[0])))
         figures.append(_figure(f"Hours by {title.lower()}", values, in_order=in_order))
-    return f'<div class="plots">{"".join(figures)}</div>'
+    key = "".join(f'<i style="background:{SPLIT_COLOURS[s]}"></i>{s}' for s in SPLITS if s in split_hours)
+    return f'<p class="key">Colours: {key}</p><div class="plots">{"".join(figures)}</div>'
 
 
-def _figure(title: str, values: dict[str, dict[str, float]], *, legend: bool = True, in_order: bool = False) -> str:
+def _figure(title: str, values: dict[str, dict[str, float]], *, in_order: bool = False) -> str:
     """Horizontal bars of hours, stacked by split; the long tail is gathered unless the order carries meaning."""
     most = 24 if in_order else 14
     shown = dict(list(values.items())[:most])
@@ -155,24 +158,18 @@ def _figure(title: str, values: dict[str, dict[str, float]], *, legend: bool = T
         shown[f"{len(rest)} others"] = {s: sum(v[s] for v in rest) for s in SPLITS}
     unit, scale = ("h", 1.0) if max(sum(v.values()) for v in shown.values()) >= 1 else ("min", 60.0)
     rows = [(name, [(SPLIT_COLOURS[s], v[s] * scale) for s in SPLITS]) for name, v in shown.items()]
-    used = [s for s in SPLITS if any(v[s] for v in shown.values())]
-    marks = [(s, SPLIT_COLOURS[s]) for s in used] if legend and len(used) > 1 else []
-    svg = _bars(title, rows, unit, marks)
-    return f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>"
+    return f"<figure><figcaption>{escape(title)}</figcaption>{_bars(title, rows, unit)}</figure>"
 
 
-def _bars(
-    name: str, rows: Sequence[tuple[str, list[tuple[str, float]]]], unit: str, marks: Sequence[tuple[str, str]]
-) -> str:
+def _bars(name: str, rows: Sequence[tuple[str, list[tuple[str, float]]]], unit: str) -> str:
     """An inline SVG of stacked horizontal bars: (label, [(colour, amount)]) from top to bottom."""
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "text.parse_math": False}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # letters that only the reader's browser has
-        figure = Figure(figsize=(5.2, 0.55 + 0.27 * len(rows) + (0.3 if marks else 0)), layout="constrained")
+        figure = Figure(figsize=(5.2, 0.55 + 0.27 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         longest = max((sum(a for _, a in parts) for _, parts in rows), default=1.0) or 1.0
         for at, (label, parts) in enumerate(rows):
@@ -194,9 +191,6 @@ def _bars(
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
         axes.spines["bottom"].set_color(GRID)
-        if marks:
-            patches = [Patch(color=colour, label=label) for label, colour in marks]
-            axes.legend(handles=patches, loc="lower right", frameon=False, fontsize=9)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     return _inline(out.getvalue(), name)
@@ -222,7 +216,7 @@ def _rejects(rejects: Sequence[dict[str, Any]]) -> str:
     if not rejects:
         return "<p>Nothing was rejected.</p>"
     by_code = Counter(r["code"] for r in rejects).most_common()
-    plot = _bars("Rejected rows by reason", [(code, [(WARM, float(n))]) for code, n in by_code], "", [])
+    plot = _bars("Rejected rows by reason", [(code, [(WARM, float(n))]) for code, n in by_code], "")
     meaning = "".join(
         f"<tr><td><code>{escape(code)}</code></td><td class='n'>{n}</td><td>{escape(CODES[code])}</td></tr>"
         for code, n in by_code
@@ -259,7 +253,7 @@ def _rightsholders(metas: Sequence[dict[str, Any]]) -> str:
     )
     share = max(hours.values()) / max(sum(hours.values()), 1e-9) if hours else 0.0
     return (
-        f"<p>{len(ordered)} rightsholders; the largest stands for {share:.0%} of their hours.</p>"
+        f"<p>{len(ordered)} rightsholder(s); the largest stands for {share:.0%} of their hours.</p>"
         "<div class='scroll'><table><tr><th>rightsholder</th><th class='n'>tracks</th><th class='n'>hours</th>"
         f"<th>licences</th></tr>{rows}</table></div>"
     )

@@ -45,11 +45,16 @@ class Job:
 
 @dataclass(frozen=True)
 class TrackSettings:
-    """What decides a track's facts and codes, and the limits of decoding it."""
+    """What decides a track's facts and codes, and the limits of decoding it.
+
+    `codec` is a name for `load_codec`; `codec_identity` is what that name must mean on every machine.
+    """
 
     checks: CheckConfig
     decode: audio.DecodeConfig
     analysis: str
+    codec: str
+    codec_identity: str
     sample_rate_hz: int
     channels: int
 

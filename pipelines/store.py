@@ -69,6 +69,8 @@ class Place:
         parts = urllib.parse.urlsplit(text)
         if parts.scheme == "file":
             return cls("file", os.path.abspath(urllib.parse.unquote(parts.path)))
+        if "@" in parts.netloc:
+            raise UserError("a URI must not hold keys (they would be written into tables); use the AWS_* variables")
         if parts.scheme and "://" in text:
             return cls(parts.scheme, (parts.netloc + parts.path).rstrip("/"), parts.query)
         return cls("file", os.path.abspath(os.path.expanduser(text)))

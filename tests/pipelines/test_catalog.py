@@ -1,0 +1,113 @@
+"""Reading catalogues: three formats, one schema, every problem at once."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from musicgen.errors import UserError
+from pipelines import catalog
+from tests.pipelines.conftest import rights, row
+
+
+def write(folder: Path, rows: list, name: str = "c.jsonl") -> str:
+    path = folder / name
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return str(path)
+
+
+def test_three_formats_give_the_same_rows(tmp_path: Path) -> None:
+    rows = [row(i, bpm=None if i == 1 else 100.5) for i in range(3)]
+    rows[2]["rights"]["ai_contribution"] = {"vocals": False}
+    rows[2]["rights"]["opt_out_signals"] = ["noai"]
+    reference = catalog.read(write(tmp_path, rows)).rows
+    assert reference[0].values["bpm"] == 100.5 and reference[1].values["bpm"] is None
+    assert not any(r.problems for r in reference)
+
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    assert catalog.read(str(tmp_path / "c.parquet")).rows == reference
+
+    nested = {"descriptions", "rights", "moods", "instruments"}
+    with open(tmp_path / "c.csv", "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({n: json.dumps(v) if n in nested else v for n, v in r.items()} for r in rows)
+    assert catalog.read((tmp_path / "c.csv").as_uri()).rows == reference
+
+    flat = [
+        {n: v for n, v in r.items() if n != "rights"} | {f"rights.{n}": v for n, v in r["rights"].items()} for r in rows
+    ]
+    names = list(dict.fromkeys(n for r in flat for n in r))
+    with open(tmp_path / "flat.csv", "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, names)
+        writer.writeheader()
+        for r in flat:
+            cells = {n: json.dumps(v) if isinstance(v, list | dict) else v for n, v in r.items()}
+            writer.writerow({**cells, "moods": ", ".join(r["moods"]), "rights.grants": ",".join(r["rights.grants"])})
+    assert catalog.read(str(tmp_path / "flat.csv")).rows == reference
+
+
+def test_parquet_dates_are_dates(tmp_path: Path) -> None:
+    item = row(1, rights=rights(valid_until=datetime.date(2030, 12, 31)))
+    pq.write_table(pa.Table.from_pylist([item]), tmp_path / "c.parquet")
+    assert catalog.read(str(tmp_path / "c.parquet")).rows[0].rights["valid_until"] == "2030-12-31"
+
+
+def test_everything_that_stops_a_run_is_named_at_once(tmp_path: Path) -> None:
+    rows = [row(1), row(1), row(2, bpm="fast"), row(3, bpm="slow"), row(4, moods="calm"), row(5, genere="folk")]
+    rows += [row(6, rights=rights(licens="x")), row(7, rights=rights(grants="train")), row(7, rights="none")]
+    with pytest.raises(catalog.CatalogError) as caught:
+        catalog.read(write(tmp_path, rows))
+    text = str(caught.value)
+    assert "track_id 't001' is given to rows 1-2" in text and "'t007' is given to rows 8-9" in text
+    assert "'bpm' holds text ('fast') where a number is needed, in row 3" in text and "'slow'" in text
+    assert "'moods' holds text where a list of texts is needed, in row 5" in text
+    assert "unknown column 'genere' in row 6; did you mean 'genre'?" in text
+    assert "unknown column 'rights.licens' in row 7; did you mean 'rights.licence'?" in text
+    assert "'rights.grants' holds text" in text and "'rights' holds text where an object is needed, in row 9" in text
+    assert len(caught.value.problems) == 9
+
+
+def test_other_faults_belong_to_their_row(tmp_path: Path) -> None:
+    bad = row(
+        2, artist=None, bpm=999.0, language="English (UK)", descriptions=[{"text": " ", "language": "en"}],
+        rights=rights(valid_from="2031-01-01", isrc="123", status="maybe", licence_doc_sha256="xyz",
+                      rightsholders=[{"party": "A", "share": 70.0}, {"party": "", "share": 40.0}]),
+    )  # fmt: skip
+    rows = catalog.read(
+        write(tmp_path, [row(1), bad, "{not json", "[1]", row(3, rights=rights(valid_until="soon"))])
+    ).rows
+    assert [bool(r.problems) for r in rows] == [False, True, True, True, True]
+    text = "; ".join(rows[1].problems)
+    for part in ("artist is missing", "bpm is 999", "language is 'English (UK)'", "descriptions[0].text is empty",
+                 "valid_from 2031-01-01 is after", "isrc is '123'", "status is 'maybe'", "not 64 hexadecimal",
+                 "rightsholders[1].party is missing", "add up to 110 %"):  # fmt: skip
+        assert part in text, part
+    assert "not JSON" in rows[2].problems[0] and "expected an object, got a list" in rows[3].problems[0]
+
+
+def test_isrc_is_normalised(tmp_path: Path) -> None:
+    rows = catalog.read(write(tmp_path, [row(1, rights=rights(isrc="ISRC gb-abc-24-00001"))])).rows
+    assert rows[0].rights["isrc"] == "GBABC2400001" and not rows[0].problems
+
+
+def test_bad_catalogues(tmp_path: Path) -> None:
+    write(tmp_path, [row(1)], "there.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
+    (tmp_path / "latin.csv").write_bytes("track_id\nä".encode("latin1"))
+    for name, words in (
+        ("absent.jsonl", "does not exist; in that folder: .*there.jsonl"),
+        ("c.xlsx", "unknown format '.xlsx'; allowed: .jsonl"),
+        ("empty.jsonl", "has no rows"),
+        ("broken.parquet", "not a readable parquet"),
+        ("latin.csv", "not UTF-8"),
+    ):
+        with pytest.raises(UserError, match=words):
+            catalog.read(str(tmp_path / name))

@@ -1,0 +1,458 @@
+"""The whole of ingest through a real Ray: conservation, idempotence, growth, kills, rejects, settings, S3."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+
+from musicgen import codec as codecs
+from musicgen import settings
+from musicgen.chroma import chroma_bins
+from musicgen.errors import UserError
+from pipelines import assemble, stages
+from pipelines import ingest as command
+from pipelines.assemble import SplitConfig
+from pipelines.shard import ShardSet
+from pipelines.store import Place
+from tests.pipelines.conftest import TODAY, digests, rights, row, tone, wav, write_rows
+
+Ingest = Callable[..., int]
+
+
+def rejects(out: Path | str) -> dict[str | None, str]:
+    table = pq.read_table(Path(out) / "rejects.parquet")
+    return dict(zip(table.column("track_id").to_pylist(), table.column("code").to_pylist()))
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str | None, str], int]:
+    """A catalogue with eight good rows and every fault that a row can have; its expected rejects; its rows."""
+    folder = tmp_path_factory.mktemp("faulty")
+    audio = folder / "audio"
+    audio.mkdir()
+    sound = tone(50)
+    whole = wav(sound)
+    made = {
+        "b_page": b"<html>not found</html>",
+        "b_cut": whole[: len(whole) // 2],
+        "b_silent": wav(sound * 0),
+        "b_short": wav(sound[:4000]),
+        "b_long": wav(tone(51, 6.0)),
+        "b_clipped": wav(np.clip(sound * 40, -1, 1)),
+        "b_dc": wav(sound + 0.2),
+        "b_phase": wav(np.hstack([sound, -sound])),
+        "b_flipped": _damaged(wav(tone(52, 4.0), kind="OGG", subtype="VORBIS")),
+    }
+    for name, data in made.items():
+        (audio / f"{name}.bin").write_bytes(data)
+    rows = [row(i) for i in range(8)]
+    expected: dict[str | None, str] = {}
+
+    def bad(code: str, name: str, **changes: object) -> None:
+        rows.append(row(100 + len(rows), track_id=name, artist="Artist 1", uri=f"audio/{name}.bin", **changes))
+        expected[name] = code
+
+    for name, code in (("b_page", "not_audio"), ("b_cut", "truncated"), ("b_silent", "silent"), ("b_short", "too_short"),
+                       ("b_long", "too_long"), ("b_clipped", "clipped"), ("b_dc", "dc"), ("b_phase", "phase"),
+                       ("b_flipped", "decode"), ("b_absent", "missing")):  # fmt: skip
+        bad(code, name)
+    bad("missing", "b_scheme")
+    rows[-1]["uri"] = "s3://key:secret@bucket/x.wav"
+    for code, changes in (
+        ("no_licence", {"licence": None}), ("no_consent", {"consent_evidence": None}),
+        ("no_rightsholder", {"rightsholders": []}), ("no_term", {"valid_until": None}), ("no_status", {"status": None}),
+        ("not_granted", {"grants": ["redistribute_tokens"]}), ("not_yet_valid", {"valid_from": "2027-01-01"}),
+        ("expired", {"valid_until": "2025-01-01"}), ("territory", {"territory": ["FR"]}),
+        ("opt_out", {"opt_out_signals": ["noai"]}), ("withdrawn", {"status": "withdrawn"}),
+    ):  # fmt: skip
+        bad(code, f"r_{code}", rights=rights(**changes))
+    bad("duplicate", "z_twin")
+    (audio / "z_twin.bin").write_bytes(wav(tone(3), kind="FLAC"))  # the sound of t003 in another container
+    bad("invalid_row", "b_bpm", bpm=-1.0)
+    bare = {"genre": None, "moods": [], "instruments": [], "bpm": None, "key": None, "descriptions": []}
+    bad("caption_empty", "b_mute", **bare)
+    noise = np.random.default_rng(0).normal(size=(60_000, 1)).astype(np.float32) * 0.1
+    (audio / "b_mute.bin").write_bytes(wav(noise))
+    catalogue = write_rows(folder, rows)
+    with open(catalogue, "a") as handle:
+        handle.write("{broken\n")
+    expected[None] = "invalid_row"
+    return catalogue, expected, len(rows) + 1
+
+
+def _damaged(data: bytes) -> bytes:
+    """An Ogg file whole in its length whose middle is noise with wrong checksums."""
+    changed = bytearray(data)
+    rng = np.random.default_rng(7)
+    for at in range(len(data) // 3, len(data) * 2 // 3, 40):
+        changed[at] ^= int(rng.integers(1, 255))
+    return bytes(changed)
+
+
+@pytest.fixture(scope="module")
+def made(faulty: tuple, local_ray: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The faulty catalogue, ingested once."""
+    out = tmp_path_factory.mktemp("made") / "out"
+    assert run(faulty[0], out, "--checks.max_seconds", "5") == 0
+    return out
+
+
+def run(catalogue: str, out: Path | str, *more: str) -> int:
+    """The command in this process, with a small random codec and one codec process."""
+    base = [
+        "--codec",
+        "tiny",
+        "--analysis",
+        "builtin",
+        "--buckets",
+        "2",
+        "--rights.today",
+        TODAY,
+        "--run.codec_actors",
+        "1",
+    ]
+    shares = ["--splits.train", "0.6", "--splits.valid", "0.2", "--splits.test", "0.2"]
+    return command.main(["--catalog", catalogue, "--out", str(out), *base, *shares, *more])
+
+
+def test_every_fault_has_its_code_and_nothing_is_lost(faulty: tuple, made: Path) -> None:
+    _, expected, rows = faulty
+    assert rejects(made) == expected
+    info = json.loads((made / "dataset.json").read_text())
+    assert info["counts"]["rows"] == rows == info["counts"]["tracks"] + info["counts"]["rejects"]
+    data = ShardSet.open(str(made))
+    assert sorted(data.index.column("track_id").to_pylist()) == [f"t{i:03d}" for i in range(8)]
+    table = pq.read_table(made / "rejects.parquet").to_pylist()
+    assert [r["row"] for r in table] == sorted(r["row"] for r in table)
+    assert {r["track_id"]: bool(r["source_sha256"]) for r in table}["b_cut"]
+    assert not (made / ".work").exists()
+
+
+def test_shards_hold_what_the_plain_functions_give(faulty: tuple, made: Path) -> None:
+    data, codec = ShardSet.open(str(made)), codecs.tiny()
+    for i in range(len(data)):
+        meta = data.meta(i)
+        from pipelines import audio
+
+        decoded = audio.decode_bytes((Path(faulty[0]).parent / f"audio/{meta['track_id']}.wav").read_bytes(), 60)
+        sound = audio.prepare(decoded.pcm, decoded.sample_rate_hz, 32_000, 1)
+        assert np.array_equal(data.codes(i), codec.encode_track(sound))
+        assert np.array_equal(data.chroma(i), chroma_bins(sound[0]))
+        assert data.codes(i).shape == (4, meta["frames"]) and data.index.column("frames")[i].as_py() == meta["frames"]
+        assert meta["frames"] == -(-sound.shape[1] // 640) and meta["duration_seconds"] == pytest.approx(2.5)
+        assert meta["key"] == data.index.column("key")[i].as_py() and len(meta["captions"]) == 8
+        assert meta["rights"]["licence"] == "CC-BY-4.0" and meta["analysis"]["backend"] == "builtin"
+        assert meta["key_signature"] == "C major" and meta["descriptions"][1]["language"] == "de"
+
+
+def test_webdataset_reads_it(made: Path) -> None:
+    samples = list(webdataset.WebDataset(sorted(map(str, (made / "shards").iterdir())), shardshuffle=False).decode())
+    assert sorted(s["json"]["track_id"] for s in samples) == [f"t{i:03d}" for i in range(8)]
+    assert all(s["codes.npy"].shape[0] == 4 for s in samples)
+
+
+def test_the_card_is_whole_and_quiet(faulty: tuple, made: Path) -> None:
+    from pipelines import report
+
+    page = (made / "card/index.html").read_text()
+    assert "<svg" in page and "<script" not in page and "http" not in page and "url(" not in page.replace("url(#", "")
+    for word in (
+        "waltz",
+        "CC-BY-4.0",
+        "Example Music",
+        "b_phase",
+        "Hours by tempo",
+        "not_granted",
+        codecs.tiny().identity,
+    ):
+        assert word in page
+    fragment = report.card_fragment(str(made))
+    assert fragment in page
+
+
+def test_again_does_nothing_and_says_so(faulty: tuple, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def state() -> dict:
+        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in made.rglob("*") if p.is_file()}
+
+    before = state()
+    assert run(faulty[0], made, "--checks.max_seconds", "5") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert state() == before
+
+
+def test_other_settings_are_refused_by_name(faulty: tuple, made: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        run(faulty[0], made, "--checks.max_seconds", "7", "--seed", "5", "--rights.purpose", '["train","sync"]')
+    text = str(caught.value)
+    assert "checks.max_seconds: 5.0 there, 7.0 now" in text and "seed: 0 there, 5 now" in text
+    assert "purpose: ['train'] there, ['sync', 'train'] now" in text and "captions" not in text
+
+
+def test_growth_change_and_removal_give_the_set_made_at_once(
+    local_ray: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # ten rows; more artists and a shared work that joins two groups; a twin with a lower id than a track in the set
+    rows = [row(i, artist=f"A{i}") for i in range(10)]
+    joined = row(10, artist="A1", work="Work 2")
+    changed = {**row(4, artist="A4"), "title": "Another title"}
+    final = [*rows[:4], changed, *rows[5:9], joined, row(11, artist="B"), row(3, track_id="t0000", artist="A3")]
+    final[-1]["uri"] = "audio/t003.wav"
+    catalogue = write_rows(tmp_path / "grown", rows)
+    assert run(catalogue, tmp_path / "grown/out") == 0
+    write_rows(tmp_path / "grown", final)
+    capsys.readouterr()
+    assert run(catalogue, tmp_path / "grown/out") == 0
+    assert "shards written" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "grown/audio", tmp_path / "once/audio")
+    assert run(write_rows(tmp_path / "once", final), tmp_path / "once/out") == 0
+    assert digests(tmp_path / "grown/out") == digests(tmp_path / "once/out")
+    assert rejects(tmp_path / "grown/out") == {"t003": "duplicate"}
+    a, b = (ShardSet.open(str(tmp_path / n / "out")) for n in ("grown", "once"))
+    assert a.index.equals(b.index) and a.info["shards"] == b.info["shards"]
+
+    # one changed title touches one bucket; nothing is decoded again
+    final[5] = {**final[5], "title": "New"}
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "once/out/shards").iterdir()}
+    assert run(write_rows(tmp_path / "once", final), tmp_path / "once/out") == 0
+    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "once/out/shards").iterdir()}
+    assert sum(before[n] != after[n] for n in before) == 1
+    assert "starting Ray" not in capsys.readouterr().out
+
+    # the twin with the lower id leaves: its double, a reject so far, takes its place
+    assert run(write_rows(tmp_path / "once", final[:-1]), tmp_path / "once/out") == 0
+    assert rejects(tmp_path / "once/out") == {}
+    assert "t003" in ShardSet.open(str(tmp_path / "once/out")).index.column("track_id").to_pylist()
+
+    # a shard that was damaged or lost is made again, also from an interrupted commit
+    good = digests(tmp_path / "once/out")
+    (tmp_path / "once/out/dataset.json").unlink()
+    first = sorted((tmp_path / "once/out/shards").iterdir())[0]
+    first.write_bytes(first.read_bytes()[:2000] + b"?" * 3000)
+    sorted((tmp_path / "once/out/shards").iterdir())[1].unlink()
+    assert run(write_rows(tmp_path / "once", final[:-1]), tmp_path / "once/out") == 0
+    assert digests(tmp_path / "once/out") == good
+
+
+def test_a_later_day_turns_a_track_off(local_ray: str, tmp_path: Path) -> None:
+    rows = [row(i, artist=f"A{i}") for i in range(4)]
+    rows[2]["rights"]["valid_until"] = "2026-11-30"
+    catalogue = write_rows(tmp_path, rows)
+    assert run(catalogue, tmp_path / "out") == 0 and rejects(tmp_path / "out") == {}
+    assert run(catalogue, tmp_path / "out", "--rights.today", "2026-12-01") == 0
+    assert rejects(tmp_path / "out") == {"t002": "expired"}
+    assert b"Piece 2" not in b"".join(p.read_bytes() for p in (tmp_path / "out/shards").iterdir())
+
+
+def child(catalogue: str, out: Path, address: str) -> subprocess.Popen:
+    """The command in a process of its own, on the session's Ray."""
+    base = ["--codec", "tiny", "--analysis", "builtin", "--buckets", "2", "--rights.today", TODAY]
+    shares = ["--splits.train", "0.6", "--splits.valid", "0.2", "--splits.test", "0.2"]
+    more = ["--run.address", address, "--run.codec_actors", "1", "--run.batch", "1"]
+    line = [sys.executable, "-m", "pipelines.ingest", "--catalog", catalogue, "--out", str(out), *base, *shares, *more]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_gives_the_same_bytes(local_ray: str, tmp_path: Path) -> None:
+    rows = [row(i, artist=f"A{i}") for i in range(24)]
+    catalogue = write_rows(tmp_path, rows)
+    assert run(catalogue, tmp_path / "whole") == 0
+    killed, work = tmp_path / "killed", tmp_path / "killed/.work"
+    process = child(catalogue, killed, local_ray)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if work.is_dir() and len(list(work.glob("*.npz"))) >= 4:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    assert process.wait() == -signal.SIGKILL
+    done = len(list(work.glob("*.npz")))
+    assert 4 <= done < 24 and not (killed / "dataset.json").exists()
+    with pytest.raises(UserError, match="no finished data set"):
+        ShardSet.open(str(killed))
+    with pytest.raises(UserError, match="made with other settings"):
+        run(catalogue, killed, "--seed", "1")
+    assert run(catalogue, killed) == 0  # the second half, in this process
+    assert digests(killed) == digests(tmp_path / "whole")
+    assert ShardSet.open(str(killed)).index.equals(ShardSet.open(str(tmp_path / "whole")).index)
+
+
+def test_a_finished_result_is_not_made_again(local_ray: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalogue = write_rows(tmp_path, [row(i, artist=f"A{i}") for i in range(3)])
+    made: list[int] = []
+    original = command.cluster.process
+
+    def stop_before_commit(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    def count(jobs: list, *rest: object) -> object:
+        made.append(len(jobs))
+        return original(jobs, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(command.cluster, "process", count)
+    monkeypatch.setattr(command.Ingest, "_commit", stop_before_commit)
+    with pytest.raises(KeyboardInterrupt):
+        run(catalogue, tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(command.cluster, "process", count)
+    assert run(catalogue, tmp_path / "out") == 0
+    assert made == [3]
+
+
+def test_from_s3_to_s3(local_ray: str, s3_root: str, tmp_path: Path) -> None:
+    rows = [row(i, artist=f"A{i}") for i in range(3)] + [row(9)]
+    write_rows(tmp_path, rows)
+    root = Place.at(s3_root)
+    for path in tmp_path.rglob("*.*"):
+        if path.stem != "t009":
+            (root / str(path.relative_to(tmp_path))).write(path.read_bytes())
+    out = (root / "set").uri
+    assert run((root / "catalog.jsonl").uri, out) == 0
+    data = ShardSet.open(out)
+    assert len(data) == 3 and data.codes(0).shape[0] == 4 and data.meta(1)["schema_version"] == 1
+    assert not (root / "set/.work").exists()
+    (tmp_path / "audio/t009.wav").unlink()
+    assert run(str(tmp_path / "catalog.jsonl"), tmp_path / "local") == 0
+    names = (root / "set/shards").list()
+    remote = {n: stages.hashlib.sha256((root / "set/shards" / n).read()).hexdigest() for n in names}
+    assert remote == digests(tmp_path / "local")  # where it comes from and where it goes leave no trace
+    assert run((root / "catalog.jsonl").uri, out) == 0
+
+
+def test_a_full_disk_says_so_and_keeps_what_is_finished(local_ray: str, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    try:
+        catalogue = write_rows(tmp_path, [row(i, artist=f"A{i}", uri=f"audio/t{i:03d}.wav") for i in range(12)])
+        for i in range(12):
+            (tmp_path / f"audio/t{i:03d}.wav").write_bytes(wav(tone(i, 8.0)))
+        with pytest.raises(UserError, match="no room left while writing"):
+            run(catalogue, small / "out")
+        assert not (small / "out/dataset.json").exists()
+        kept = stages.kept(Place.at(small / "out/.work"))
+        assert kept and all(stages.load(Place.at(small / "out/.work"), k).codes is not None for k in kept)
+        subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
+        assert run(catalogue, small / "out") == 0
+        assert len(ShardSet.open(str(small / "out"))) == 12
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_a_set_without_training_tracks_is_not_usable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row(i, rights=rights(licence=None)) for i in range(2)]
+    catalogue = write_rows(tmp_path, rows, audio=False)
+    assert run(catalogue, tmp_path / "out") == 1  # without ever starting Ray
+    assert "not usable for training" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["counts"]["rejects_by_code"] == {"no_licence": 2}
+    assert run(catalogue, tmp_path / "out") == 1
+
+
+def test_bad_settings(tmp_path: Path) -> None:
+    catalogue = write_rows(tmp_path, [row(1)], audio=False)
+    for more, words in (
+        (["--catalog", ""], "catalog is missing"),
+        (["--out", ""], "out is missing"),
+        (["--catalog", str(tmp_path / "no.csv")], "does not exist"),
+        (["--rights.today", "soon"], "expected YYYY-MM-DD"),
+        (["--splits.train", "0.9"], "splits must add up to 1"),
+        (["--run.retry", '["tooshort"]'], "unknown reject codes: tooshort"),
+        (["--codec", str(tmp_path)], "config.json and model.safetensors"),
+        (["--analysis", "librosa"], "allowed: auto"),
+        (["--check.min_seconds", "3"], "did you mean 'checks.min_seconds'"),
+    ):
+        with pytest.raises((UserError, settings.SettingsError), match=words):
+            run(catalogue, tmp_path / "out", *more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_splits_are_disjoint_and_follow_the_rule() -> None:
+    from pipelines import catalog
+
+    rows = [row(i, artist=f"Artist {i % 40}", work=f"Work {i % 90}" if i % 3 else None) for i in range(300)]
+    rows += [row(900, artist="ARTIST  7", work=None), row(901, artist="Zoe", work="work 8")]
+    parsed = catalog.validate(rows, "test")
+    groups = assemble.split_groups(parsed)
+    shares = SplitConfig(0.6, 0.2, 0.2)
+    for name in ("artist", "work"):
+        where: dict[str, set[str]] = {}
+        for r in parsed:
+            if r.values[name]:
+                word = " ".join(r.values[name].casefold().split())
+                where.setdefault(word, set()).add(assemble.split_of(groups[str(r.track_id)], shares))
+        assert all(len(splits) == 1 for splits in where.values())
+    assert groups == assemble.split_groups(parsed[::-1])  # order does not matter
+    lonely = [row(i, artist=f"Solo {i}", work=None) for i in range(2000)]
+    drawn = [assemble.split_of(g, shares) for g in assemble.split_groups(catalog.validate(lonely, "t")).values()]
+    assert drawn.count("valid") / 2000 == pytest.approx(0.2, abs=0.03) and drawn.count("test") > 300
+    import hashlib
+
+    draw = int(hashlib.sha256(b"musicgen-split:Anna").hexdigest()[:16], 16) / 2**64
+    expected = "valid" if draw < 0.2 else "test" if draw < 0.4 else "train"
+    assert assemble.split_of("Anna", shares) == expected
+    pair = catalog.validate([row(1, artist="Bob", work="W"), row(2, artist="Anna", work="W")], "t")
+    assert set(assemble.split_groups(pair).values()) == {"Anna"}
+
+
+def test_default_yaml_says_what_the_code_says() -> None:
+    config = settings.parse(command.IngestConfig, [], layers=[command.DEFAULTS])
+    assert config == command.IngestConfig()
+    demo = settings.parse(command.IngestConfig, ["--config", str(command.DEFAULTS.parent / "demo.yaml")])
+    assert (demo.codec, demo.splits) == ("demo", SplitConfig(0.85, 0.15, 0.0))
+
+
+def test_a_worker_that_dies_costs_one_track(local_ray: str, tmp_path: Path) -> None:
+    """Three good tracks and one whose source kills the process that reads it."""
+    from pipelines import cluster
+
+    class Killing(Place):
+        def read(self) -> bytes:
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise AssertionError
+
+    paths = [tmp_path / f"{i}.wav" for i in range(3)]
+    for i, path in enumerate(paths):
+        path.write_bytes(wav(tone(i)))
+    codec = codecs.tiny()
+    what = stages.TrackSettings(
+        command.CheckConfig(), command.DecodeConfig(), "builtin", "tiny", codec.identity, 32_000, 1
+    )
+    jobs = [stages.Job(str(i), Place.at(p), f"w{i}") for i, p in enumerate(paths)]
+    jobs.insert(1, stages.Job("bad", Killing("file", "/x"), "bad"))
+    work = Place.at(tmp_path / "work")
+    seen = []
+    cluster.process(jobs, what, work, cluster.RunConfig(codec_actors=1), lambda n, s: seen.append(n))
+    assert sum(seen) == 4 and stages.kept(work) == {"w0", "w1", "w2", "bad"}
+    reject = stages.load(work, "bad").reject
+    assert reject is not None and reject.code == "crash"
+    assert all(stages.load(work, f"w{i}").codes is not None for i in range(3))
+
+
+def test_an_error_is_a_message_and_no_traceback(tmp_path: Path) -> None:
+    catalogue = write_rows(tmp_path, [row(1, rights=rights(licence=None))], audio=False)
+    line = [
+        sys.executable,
+        "-m",
+        "pipelines.ingest",
+        "--catalog",
+        catalogue,
+        "--out",
+        str(tmp_path / "o"),
+        "--codec",
+        "no/x/y",
+    ]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: CODEC 'no/x/y'") and "Traceback" not in done.stderr

@@ -1,0 +1,83 @@
+"""The rights gate: unknown means rejected."""
+
+from __future__ import annotations
+
+import datetime
+
+import pytest
+
+from pipelines import catalog
+from pipelines.rights import RightsConfig, admit, covers, licence_problem
+from tests.pipelines.conftest import TODAY, rights, row
+
+DAY = datetime.date.fromisoformat(TODAY)
+
+
+def code(config: RightsConfig | None = None, **changes: object) -> str | None:
+    (parsed,) = catalog.validate([row(1, rights=rights(**changes))], "test")
+    assert not parsed.problems
+    reject = admit(parsed.rights, config or RightsConfig(), DAY)
+    return reject.code if reject else None
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),
+        ({"valid_until": "perpetual"}, None),
+        ({"valid_from": TODAY, "valid_until": TODAY}, None),
+        ({"licence": None}, "no_licence"),
+        ({"licence": "unknown"}, "no_licence"),
+        ({"licence": "NOASSERTION"}, "no_licence"),
+        ({"licence": "Free-For-All"}, "no_licence"),
+        ({"licence": "CC-BY-4.0 AND"}, "no_licence"),
+        ({"rightsholders": None}, "no_rightsholder"),
+        ({"consent_evidence": None}, "no_consent"),
+        ({"grants": None}, "not_granted"),
+        ({"grants": ["redistribute_tokens"]}, "not_granted"),
+        ({"valid_from": None}, "no_term"),
+        ({"valid_until": None}, "no_term"),
+        ({"valid_from": "2026-11-02"}, "not_yet_valid"),
+        ({"valid_until": "2026-10-31"}, "expired"),
+        ({"status": "expired"}, "expired"),
+        ({"status": "withdrawn"}, "withdrawn"),
+        ({"status": None}, "no_status"),
+        ({"territory": None}, "territory"),
+        ({"territory": ["DE", "FR"]}, "territory"),
+        ({"opt_out_signals": [{"what": "noai", "where": "page"}]}, "opt_out"),
+        ({"licence": None, "status": "withdrawn"}, "withdrawn"),
+    ],
+)
+def test_gate(changes: dict, expected: str | None) -> None:
+    assert code(**changes) == expected
+
+
+def test_every_fault_is_in_the_message() -> None:
+    (parsed,) = catalog.validate([row(1, rights={})], "test")
+    reject = admit(parsed.rights, RightsConfig(), DAY)
+    assert reject is not None and reject.code == "no_licence"
+    for part in ("no licence", "no rightsholder", "consent", "not granted: train", "unknown", "not covered", "status"):
+        assert part in reject.message
+
+
+def test_purpose_territory_and_day_decide() -> None:
+    assert code(RightsConfig(purpose=["train", "generate_commercially"])) is None
+    assert code(RightsConfig(purpose=["train", "redistribute_tokens"])) == "not_granted"
+    assert code(RightsConfig(territory=["DE"]), territory=["EU"]) is None
+    assert code(RightsConfig(territory=["US"]), territory=["EU"]) == "territory"
+    assert covers(["DE", "WORLD"], "JP") and not covers(["DE"], "EU")
+    assert admit(rights(), RightsConfig(), datetime.date(2031, 1, 1)).code == "expired"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "licence", ["CC0-1.0", "cc-by-sa-3.0", "LicenseRef-deal-7", "(CC-BY-4.0 OR LicenseRef-x) AND MIT", "CC-BY-2.5-AU"]
+)
+def test_licences_that_are_recognised(licence: str) -> None:
+    assert licence_problem(licence) is None
+
+
+@pytest.mark.parametrize(
+    "licence", ["", "CC-BY", "MIT Apache-2.0", "(MIT", "MIT)", "OR MIT", "LicenseRef-", "MIT AND OR MIT"]
+)
+def test_licences_that_are_not(licence: str) -> None:
+    assert licence_problem(licence)

@@ -1,0 +1,92 @@
+"""Places by URI: whole or absent, on the local disk and on a real S3 protocol server; a full disk says so."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from musicgen.errors import UserError
+from pipelines.store import DiskFull, Place, infos
+
+
+def test_a_place_by_any_name(tmp_path: Path) -> None:
+    plain, uri = Place.at(str(tmp_path / "a b")), Place.at((tmp_path / "a b").as_uri())
+    assert plain == uri == Place.at(plain.uri) and plain.local and plain.parent == Place.at(tmp_path)
+    assert plain.join("../x.wav") == Place.at(tmp_path / "x.wav")
+    assert plain.join("/abs/x.wav").path == "/abs/x.wav"
+    remote = Place.at("s3://bucket/some/set?endpoint_override=host:9")
+    assert (remote / "x").uri == "s3://bucket/some/set/x?endpoint_override=host:9"
+    assert remote.join("audio/t.wav").path == "bucket/some/set/audio/t.wav"
+    with pytest.raises(UserError, match="empty path"):
+        Place.at(" ")
+    with pytest.raises(UserError, match="must not hold keys"):
+        Place.at("s3://key:secret@bucket/x")
+    with pytest.raises(UserError, match="Allowed are local paths"):
+        Place.at("gopher://x/y").exists()
+
+
+@pytest.mark.parametrize("where", ["file", "s3"])
+def test_the_same_on_disk_and_on_s3(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    root = Place.at(str(tmp_path) if where == "file" else request.getfixturevalue("s3_root"))
+    place = root / "store" / "file.bin"
+    assert not place.exists() and not place.is_file()
+    with pytest.raises(FileNotFoundError):
+        place.read()
+    place.write(b"0123456789")
+    place.write(b"abcdefghij")
+    assert place.read() == b"abcdefghij" and place.read_range(2, 3) == b"cde"
+    assert place.parent.list() == ["file.bin"] and place.parent.list(".txt") == []
+    assert [i.size for i in infos([place, root / "nothing", place])] == [10, None, 10]
+    local = tmp_path / "ready"
+    local.write_bytes(b"done")
+    (root / "store" / "put").put_file(str(local))
+    assert (root / "store" / "put").read() == b"done"
+    place.parent.delete()
+    assert not place.exists()
+    place.delete()
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    place = Place.at(tmp_path / "x.bin")
+    place.write(b"old")
+    with pytest.raises(TypeError):
+        place.write("not bytes")  # type: ignore[arg-type]
+    assert place.read() == b"old" and os.listdir(tmp_path) == ["x.bin"]
+
+
+def test_no_room_is_said_and_nothing_is_left(tmp_path: Path) -> None:
+    place = Place.at(tmp_path / "x.bin")
+    place.write(b"old")
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(DiskFull, match=r"no room left while writing .*x\.bin.*free some space"):
+            place.write(b"n" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert place.read() == b"old" and os.listdir(tmp_path) == ["x.bin"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot write"):
+        Place.at(tmp_path / "x").write(b"")
+
+
+def test_killed_in_the_middle(tmp_path: Path) -> None:
+    script = (
+        "import os,sys;from pipelines.store import atomic_local\n"
+        f"with atomic_local({str(tmp_path / 'x')!r}) as t:\n"
+        "    open(t,'wb').write(b'half'); os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+    assert not (tmp_path / "x").exists() and Place.at(tmp_path).list() == []
