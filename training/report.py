@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -182,7 +182,8 @@ def validation_losses(model: generate.MusicGen, data: ShardSet, config: BatchCon
         inputs, targets, scored = patterns.training_columns(
             batch.codes.long(), lm.config.special_id, valid=batch.valid, tail=lm.config.tail
         )
-        sums = sums + loss.cross_entropy_sums(lm.hidden(inputs, hidden, mask), list(lm.linears), targets, scored)
+        heads = cast("list[torch.nn.Linear]", list(lm.linears))
+        sums = sums + loss.cross_entropy_sums(lm.hidden(inputs, hidden, mask), heads, targets, scored)
         counts = counts + scored.sum(dim=(0, 2))
     return (sums / counts).numpy()
 
