@@ -70,6 +70,7 @@ class Decoded:
         sample_rate_hz: of the source.
         codec: name of the source's codec, such as `mp3`.
         declared_seconds: length that the container states; None when it states none.
+        end_seconds: time stamp at which the last decoded sound ends.
         bad_packets: packets that could not be decoded.
         packets: all packets of the stream.
         cut: why the container itself looks cut off; empty when it does not.
@@ -79,6 +80,7 @@ class Decoded:
     sample_rate_hz: int
     codec: str
     declared_seconds: float | None
+    end_seconds: float
     bad_packets: int
     packets: int
     cut: str
@@ -101,7 +103,10 @@ def verify(decoded: Decoded, limits: CheckConfig) -> None:
     declared, seconds = decoded.declared_seconds, decoded.seconds
     if decoded.cut:
         raise DecodeError("truncated", f"{decoded.cut}; {seconds:.1f} s could be decoded")
-    if declared is not None and seconds < min(declared, limits.max_seconds) * 0.999 - 0.1:
+    least = min(declared or 0.0, limits.max_seconds) * 0.999 - 0.1
+    if declared is not None and seconds < least <= decoded.end_seconds:
+        raise DecodeError("decode", f"{declared:.1f} s long, but {declared - seconds:.1f} s in it are damaged")
+    if seconds < least:
         raise DecodeError("truncated", f"the file declares {declared:.1f} s, {seconds:.1f} s could be decoded")
     if decoded.bad_packets > limits.max_bad_packets * decoded.packets:
         raise DecodeError("decode", f"{decoded.bad_packets} of {decoded.packets} packets are damaged")
@@ -259,22 +264,24 @@ def decode_bytes(data: bytes, max_seconds: float) -> Decoded:
             container.format.name == "mp3" and not _XING.search(data, 0, 1 << 20)
         )
         declared = None if guessed else _declared_seconds(container, stream)
-        blocks, rate, packets, bad = _packets(container, stream, max_seconds)
+        blocks, rate, end, packets, bad = _packets(container, stream, max_seconds)
         codec = stream.codec_context.name
     if not blocks:
         if cut:
             raise DecodeError("truncated", cut)
         raise DecodeError("not_audio", f"no sound could be decoded ({codec}, {bad} of {packets} packets damaged)")
-    return Decoded(np.concatenate(blocks, axis=1), rate, codec, declared, bad, packets, cut)
+    return Decoded(np.concatenate(blocks, axis=1), rate, codec, declared, end, bad, packets, cut)
 
 
-def _packets(container: Any, stream: Any, max_seconds: float) -> tuple[list[np.ndarray], int, int, int]:
-    """Every packet decoded by itself: blocks [C, n], sample rate, packets, packets that failed."""
+def _packets(container: Any, stream: Any, max_seconds: float) -> tuple[list[np.ndarray], int, float, int, int]:
+    """Every packet decoded by itself: blocks [C, n], sample rate, end in seconds, packets, packets that failed."""
     import av
 
     blocks: list[np.ndarray] = []
     first: tuple[int, int, str] | None = None
     samples = packets = bad = 0
+    end = 0.0
+    start = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
     demuxer = container.demux(stream)
     while True:
         try:
@@ -298,9 +305,12 @@ def _packets(container: Any, stream: Any, max_seconds: float) -> tuple[list[np.n
                 continue
             blocks.append(_as_float(frame.to_ndarray(), layout[1], frame.format.is_planar))
             samples += frame.samples
+            if frame.pts is not None and frame.time_base:
+                end = float(frame.pts * frame.time_base) - start + frame.samples / frame.sample_rate
         if first and samples > (max_seconds + 1.0) * first[0]:
             break
-    return blocks, first[0] if first else 0, packets, bad
+    rate = first[0] if first else 1
+    return blocks, rate, max(end, samples / rate), packets, bad
 
 
 def _as_float(block: np.ndarray, channels: int, planar: bool) -> np.ndarray:

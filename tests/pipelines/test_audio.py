@@ -95,6 +95,16 @@ def test_what_is_not_audio(data: bytes, decoder: audio.Decoder) -> None:
     assert caught.value.code == "not_audio"
 
 
+@pytest.mark.parametrize("name", ["vorbis", "opus", "adts", "flac"])
+def test_a_hole_in_the_middle_is_damage_and_no_early_end(name: str, decoder: audio.Decoder) -> None:
+    data = bytearray(FILES[name])
+    hole = slice(len(data) * 4 // 10, len(data) * 5 // 10)
+    data[hole] = np.random.default_rng(2).bytes(len(data[hole]))
+    with pytest.raises(audio.DecodeError) as caught:
+        audio.verify(decoder.decode(bytes(data)), LIMITS)
+    assert caught.value.code == "decode"
+
+
 def test_damage_never_ends_the_process(decoder: audio.Decoder) -> None:
     rng = np.random.default_rng(5)
     first = decoder.decode(FILES["wav"]) and decoder.pid
