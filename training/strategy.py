@@ -53,19 +53,19 @@ class HardwareConfig:
         return self.accelerator == "gpu" or (self.accelerator == "auto" and torch.cuda.is_available())
 
 
-def build_trainer(
-    config: HardwareConfig, *, steps: int, accumulate: int, callbacks: Sequence[pl.Callback], logger: Any = None
-) -> pl.Trainer:
-    """A Trainer that makes `steps` steps; checkpoints and bar are ours, so Lightning's own are off.
-
-    Raises:
-        UserError: GPUs were asked for that are not there.
-    """
+def check(config: HardwareConfig) -> None:
+    """Raises `UserError` when GPUs were asked for that are not there."""
     if config.uses_gpu and torch.cuda.device_count() < config.devices:
         raise UserError(
             f"hardware.devices is {config.devices}, but this machine shows {torch.cuda.device_count()} GPUs; "
             "lower it or set --hardware.accelerator cpu"
         )
+
+
+def build_trainer(
+    config: HardwareConfig, *, steps: int, accumulate: int, callbacks: Sequence[pl.Callback], logger: Any = None
+) -> pl.Trainer:
+    """A Trainer that makes `steps` steps; checkpoints and bar are ours, so Lightning's own are off."""
     if config.threads:
         torch.set_num_threads(config.threads)
     options: dict[str, Any] = {}

@@ -326,6 +326,7 @@ def fit(config: TrainConfig) -> Path:
     _quiet_libraries()
     rank = int(getattr(rank_zero_only, "rank", 0) or 0)
     is_zero = rank == 0
+    strategy.check(config.hardware)
     shards = ShardSet.open(config.data)
     data.check(
         shards,

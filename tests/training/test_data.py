@@ -1,0 +1,116 @@
+"""From real shards to batches: padding, captions, drop-outs, workers, and data sets that do not fit."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from musicgen.errors import UserError
+from pipelines.shard import ShardSet
+from tests.training.synthetic import STYLES, write_dataset
+from training import data, plan
+from training.data import BatchConfig
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return ShardSet.open(str(write_dataset(tmp_path_factory.mktemp("data") / "set", size=64)))
+
+
+CONFIG = BatchConfig(crop_seconds=4.0, size=8, workers=0)
+
+
+def stream(shards: ShardSet, config: BatchConfig = CONFIG, **more: int) -> data.Stream:
+    return data.Stream(shards, config, seed=5, **more)
+
+
+def test_crops_are_cut_out_of_their_tracks(shards: ShardSet) -> None:
+    made = stream(shards)
+    batch = made.batch(3, 0)
+    items, frames = plan.batch(3, 5, made.tracks, made.rule, size=8)
+    assert batch.codes.dtype == torch.int16 and batch.codes.shape == (8, 4, 200)
+    for row, item in enumerate(items):
+        crop = shards.codes(item.row)[:, item.start : item.start + item.frames]
+        assert np.array_equal(batch.codes[row, :, : item.frames], crop)
+        assert batch.valid[row].tolist() == [True] * item.frames + [False] * (200 - item.frames)
+    assert np.array_equal(batch.valid_frames, frames) and min(frames) < 200  # some crops are short here
+
+
+def test_stream_starts_anywhere_and_splits_in_any_way(shards: ShardSet) -> None:
+    def first(n: int, **more: int) -> list[data.Batch]:
+        batches = iter(stream(shards, **more))
+        return [next(batches) for _ in range(n)]
+
+    whole = first(4)
+    late = first(2, start=2)
+    assert [b.step for b in late] == [2, 3]
+    for a, b in zip(whole[2:], late):
+        assert torch.equal(a.codes, b.codes) and a.texts == b.texts
+    halves = [first(2, rank=r, world=2)[1] for r in range(2)]
+    assert torch.equal(torch.cat([h.codes for h in halves]), whole[1].codes)
+    assert [t for h in halves for t in h.texts] == whole[1].texts
+    quarters = iter(stream(shards, BatchConfig(crop_seconds=4.0, size=8, accumulate=4, workers=0)))
+    parts = [next(quarters) for _ in range(8)][4:]
+    assert torch.equal(torch.cat([p.codes for p in parts]), whole[1].codes) and parts[0].step == 1
+    assert np.array_equal(parts[0].valid_frames, whole[1].valid_frames)
+
+
+def test_workers_read_the_same_in_the_same_order(shards: ShardSet) -> None:
+    alone = iter(data.training_loader(stream(shards)))
+    helped = iter(data.training_loader(stream(shards, BatchConfig(crop_seconds=4.0, size=8, workers=2))))
+    for _ in range(5):
+        a, b = next(alone), next(helped)
+        assert torch.equal(a.codes, b.codes) and a.texts == b.texts and a.step == b.step
+
+
+def test_captions_variants_and_dropouts(shards: ShardSet) -> None:
+    config = BatchConfig(crop_seconds=4.0, size=64, workers=0, word_dropout=0.0)
+    texts = [t for step in range(20) for t in stream(shards, config).batch(step, 0).texts]
+    assert sum(t is None for t in texts) / len(texts) == pytest.approx(0.2, abs=0.03)
+    heard = [t for t in texts if t is not None]
+    assert {t.rstrip(".").removesuffix(". bpm: 120.0") for t in heard} == set(STYLES)
+    assert sum("bpm" in t for t in heard) / len(heard) == pytest.approx(0.5, abs=0.05)
+    dropped = [
+        t for step in range(20) for t in stream(shards, BatchConfig(crop_seconds=4.0, size=64)).batch(step, 0).texts
+    ]
+    words = sum(len(t.split()) for t in heard), sum(len(t.split()) for t in dropped if t)
+    assert words[1] / words[0] == pytest.approx(0.7, abs=0.03)
+
+
+def test_validation_hears_the_raw_description(shards: ShardSet) -> None:
+    batches = data.validation_batches(shards, CONFIG)
+    assert {t for b in batches for t in b.texts} <= set(STYLES)
+    again = data.validation_batches(shards, CONFIG)
+    assert all(torch.equal(a.codes, b.codes) for a, b in zip(batches, again))
+    shared = [b for r in range(2) for b in data.validation_batches(shards, CONFIG, rank=r, world=2)]
+    assert sum(len(b.keys) for b in shared) == sum(len(b.keys) for b in batches)
+
+
+def test_raw_text_and_training_text_without_captions() -> None:
+    item = plan.Item(0, 0, 0, 0, 10, caption=0.99, keep_condition=True, words=(1, 2))
+    assert data.training_text({}, item, 0.3) is None and data.raw_text({}) is None
+    meta = {"descriptions": [{"text": "a piano"}], "captions": []}
+    assert data.training_text(meta, item, 0.0) == "a piano"
+    assert data.training_text(meta, item, 1.0) is None
+
+
+def test_data_sets_that_do_not_fit(shards: ShardSet, tmp_path: Path) -> None:
+    def check(**changes: int) -> None:
+        wanted = {"world": 1, "num_codebooks": 4, "codebook_size": 64} | changes
+        data.check(shards, CONFIG, **wanted)
+
+    check()
+    with pytest.raises(UserError, match=r"codec 'tiny' with 4 codebooks of 64 codes; the model expects 4 of 2048"):
+        check(codebook_size=2048)
+    with pytest.raises(UserError, match=r"batch\.size 8 must be a multiple of 3 processes"):
+        check(world=3)
+    empty = ShardSet.open(str(write_dataset(tmp_path / "set", tracks=2, valid=2, size=64)))
+    with pytest.raises(UserError, match="no training tracks"):
+        data.check(empty, CONFIG, world=1, num_codebooks=4, codebook_size=64)
+
+
+@pytest.mark.parametrize("bad", [{"size": 0}, {"crop_seconds": 0.1}, {"word_dropout": 1.5}, {"min_segment_ratio": 0.0}])
+def test_nonsense_is_refused(bad: dict) -> None:
+    with pytest.raises(ValueError, match=f"batch.{next(iter(bad))}"):
+        BatchConfig(**bad)

@@ -1,0 +1,344 @@
+"""Training end to end on a small real data set: learning, exact resume, the record, and what is refused."""
+
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from musicgen import codec as codecs
+from musicgen import weights
+from musicgen.errors import UserError
+from musicgen.settings import SettingsError
+from pipelines.shard import ShardSet
+from tests.training import wandb_file
+from tests.training.synthetic import write_dataset
+from training import record, state, train
+from training.module import NonFiniteLoss
+
+SMALL = shlex.split(
+    "--lm.dim 32 --lm.num_layers 2 --lm.num_heads 2 --lm.codebook_size 64 --batch.crop_seconds 2.56 --batch.size 8 "
+    "--optim.lr 1e-2 --optim.warmup_steps 5 --hardware.precision float32 --hardware.accelerator cpu "
+    "--log.every 5 --log.valid_every 20 --log.state_every 20 --log.clips 0 --steps 40"
+)
+TIMING = ("train/audio_seconds_per_second", "train/outside_model_share", "train/memory_gib")
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory: pytest.TempPathFactory) -> codecs.Codec:
+    """A small random codec of 64 codes per codebook, saved in a folder."""
+    torch.manual_seed(0)
+    shape = codecs.CodecConfig(num_filters=4, hidden_size=16, ratios=(4, 4, 5, 8), num_lstm_layers=1, codebook_size=64)
+    model = codecs.build(shape)
+    for layer in model.quantizer.layers:
+        layer.codebook.embed.normal_()
+    return codecs.load(codecs.save(model, tmp_path_factory.mktemp("codec") / "small"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, codec: codecs.Codec) -> Path:
+    identity = {"name": codec.name, "identity": codec.identity}
+    return write_dataset(tmp_path_factory.mktemp("data") / "set", size=64, codec=identity)
+
+
+@pytest.fixture(autouse=True)
+def no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+def go(data: Path, run: Path, *more: str) -> Path:
+    assert train.main(["--size", "demo", "--data", str(data), "--run", str(run), *SMALL, *more]) == 0
+    return run
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in record.read_metrics(run / "metrics.jsonl")]
+
+
+def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
+    place = run / "state" / f"step-{step}"
+    return {
+        f"{name}:{key}": value
+        for name in ("model", "ema", "optimizer")
+        for key, value in load_file(place / f"{name}.safetensors").items()
+    }
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    differing = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not differing
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run made in one go."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        return go(data, tmp_path_factory.mktemp("runs") / "whole")
+
+
+def test_it_learns_and_releases_the_best(whole: Path, data: Path) -> None:
+    rows = metrics(whole)
+    valid = [row for row in rows if "valid/loss" in row]
+    assert [row["step"] for row in valid] == [20, 40]
+    assert valid[-1]["valid/below_unigram"] > 0.3
+    entropy = train.entropy_of(ShardSet.open(str(data)))
+    assert valid[-1]["valid/below_unigram"] == pytest.approx(sum(entropy) / 4 - valid[-1]["valid/loss"])
+    books = [valid[-1][f"valid/loss_q{k}"] for k in (1, 2, 3, 4)]
+    assert sum(books) / 4 == pytest.approx(valid[-1]["valid/loss"])
+    lm, info = weights.load_release(whole / "release")
+    best = min(valid, key=lambda row: row["valid/loss"])
+    assert info["training"]["step"] == best["step"] and info["training"]["valid_loss"] == best["valid/loss"]
+    assert info["training"]["crop_seconds"] == 2.56
+    assert info["codec"]["identity"] == ShardSet.open(str(data)).info["codec"]["identity"]
+    averaged = load_file(whole / "state" / f"step-{best['step']}" / "ema.safetensors")
+    for name, tensor in lm.state_dict().items():  # the release is the average, as float16
+        assert torch.equal(tensor, averaged[name].half().float())
+    assert lm.config.dim == 32
+
+
+def test_stopped_and_resumed_equals_all_at_once(
+    whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "parts"
+    go(data, run, "--stop_at", "13")
+    assert state.steps_in(run / "state") == [13]
+    with (run / "metrics.jsonl").open("a") as file:  # lines after the last state, as a kill leaves them
+        file.write(json.dumps({"step": 15, "train/loss": 99.0}) + '\n{"step": 15, "tr')
+    go(data, run)
+    same(tensors(whole, 40), tensors(run, 40))
+    assert metrics(run) == metrics(whole)
+    # W&B: two offline files of one run, the same rows under the same steps.
+    files = sorted(run.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2
+    stored = yaml.safe_load((run / "config.yaml").read_text())
+    assert {wandb_file.run_id(f) for f in files} == {stored["wandb_run_id"]}
+    rows = [row for f in files for row in wandb_file.history(f)]
+    assert all(row["_step"] == row[record.STEP] for row in rows)
+    wandb_rows: dict[int, dict[str, float]] = {}
+    for row in rows:
+        kept = {k: v for k, v in row.items() if not k.startswith("_") and k != record.STEP}
+        wandb_rows.setdefault(row[record.STEP], {}).update(kept)
+    local: dict[int, dict[str, float]] = {}
+    for row in record.read_metrics(run / "metrics.jsonl"):
+        local.setdefault(row["step"], {}).update({k: v for k, v in row.items() if k != "step"})
+    assert wandb_rows == local
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_all_at_once(whole: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    command = [sys.executable, "-m", "training.train", "--size", "demo", "--data", str(data), "--run", str(run), *SMALL]
+    child = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (run / "state" / "step-20").is_dir() and time.monotonic() < deadline and child.poll() is None:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    if child.returncode == 0:
+        pytest.skip("the run ended before the kill")
+    go(data, run)
+    same(tensors(whole, 40), tensors(run, 40))
+    assert metrics(run) == metrics(whole)
+
+
+def test_running_again_does_nothing(whole: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    go(data, whole)
+    assert "nothing to do" in capsys.readouterr().out
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_clips_with_prompts_in_files_and_in_wandb(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: codecs.Codec
+) -> None:
+    import soundfile
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = go(data, tmp_path / "clips", "--steps", "4", "--log.clips", "2", "--log.clip_seconds", "0.5")
+    clips = sorted((run / "samples").glob("*.wav"))
+    assert [c.name for c in clips] == ["step-0000004-0.wav", "step-0000004-1.wav"]
+    details = [json.loads(c.with_suffix(".json").read_text()) for c in clips]
+    assert all(d["step"] == 4 and d["prompt"] for d in details) and details[0]["prompt"] != details[1]["prompt"]
+    audio, rate = soundfile.read(clips[0])
+    assert rate == 32000 and len(audio) == 16000
+    rows = wandb_file.history(next(run.glob("wandb/offline-run-*/*.wandb")))
+    logged = next(row for row in rows if "samples/captions" in row)
+    assert logged["_step"] == 4 and logged["samples/captions"] == [d["prompt"] for d in details]
+    media = sorted(run.glob("wandb/offline-run-*/files/media/audio/*.wav"))
+    assert sorted(m.read_bytes() for m in media) == sorted(c.read_bytes() for c in clips)
+
+
+def test_parts_of_a_step_make_the_same_step(data: Path, tmp_path: Path) -> None:
+    one = go(data, tmp_path / "one", "--steps", "3")
+    four = go(data, tmp_path / "four", "--steps", "3", "--batch.accumulate", "4")
+    for name, tensor in load_file(one / "state/step-3/model.safetensors").items():
+        torch.testing.assert_close(
+            load_file(four / "state/step-3/model.safetensors")[name], tensor, atol=2e-4, rtol=1e-3
+        )
+    assert metrics(one)[0]["train/loss"] == pytest.approx(metrics(four)[0]["train/loss"], rel=1e-5)
+    assert metrics(one)[-1]["valid/loss"] == pytest.approx(metrics(four)[-1]["valid/loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_same_steps(data: Path, tmp_path: Path) -> None:
+    one = go(data, tmp_path / "one", "--steps", "3")
+    two = tmp_path / "two"
+    command = [sys.executable, "-m", "training.train", "--size", "demo", "--data", str(data), "--run", str(two), *SMALL]
+    options = ["--steps", "3", "--hardware.devices", "2"]
+    done = subprocess.run(
+        [*command, *options], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=550
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, tensor in load_file(one / "state/step-3/model.safetensors").items():
+        torch.testing.assert_close(
+            load_file(two / "state/step-3/model.safetensors")[name], tensor, atol=2e-4, rtol=1e-3
+        )
+    for a, b in zip(metrics(one), metrics(two)):
+        assert a["step"] == b["step"]
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_text_is_learned(data: Path, whole: Path) -> None:
+    """The right caption explains the tokens better than another one: the condition is not decoration."""
+    from musicgen import patterns
+    from musicgen.conditioning import TextEncoder
+    from training import data as reading
+    from training import loss
+
+    lm, _ = weights.load_release(whole / "release")
+    config = reading.BatchConfig(crop_seconds=2.56)
+    [batch] = reading.validation_batches(ShardSet.open(str(data)), config)
+    encoder = TextEncoder.load("minilm")
+    inputs, targets, scored = patterns.training_columns(batch.codes.long(), 64, valid=batch.valid)
+
+    def score(texts: Sequence[str | None]) -> float:
+        sums = loss.cross_entropy_sums(lm.hidden(inputs, *encoder.encode(texts)), list(lm.linears), targets, scored)
+        return float(sums.sum() / scored.sum())
+
+    wrong = batch.texts[1:] + batch.texts[:1]
+    with torch.no_grad():
+        assert score(batch.texts) < score(wrong)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(data: Path, tmp_path: Path) -> None:
+    run = go(data, tmp_path / "run", "--stop_at", "2")
+    file = run / "state/step-2/model.safetensors"
+    broken = load_file(file)
+    broken["out_norm.weight"][0] = torch.inf
+    save_file(broken, file)
+    with pytest.raises(NonFiniteLoss, match=r"loss is not finite at step 3 \(tracks 0.*no update was made"):
+        go(data, run)
+    assert state.steps_in(run / "state") == [2]
+
+
+def test_without_validation_tracks_the_last_weights_are_the_release(
+    tmp_path: Path, codec: codecs.Codec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_dataset(tmp_path / "set", tracks=6, valid=0, size=64)
+    run = go(data, tmp_path / "run", "--steps", "2", "--lm.tail", "reference")
+    assert "no validation tracks" in capsys.readouterr().out
+    lm, info = weights.load_release(run / "release")
+    assert info["training"]["valid_loss"] is None and info["training"]["step"] == 2
+    assert lm.config.tail == "reference"
+
+
+def test_bad_words_on_the_command_line(data: Path, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    for argv, message in (
+        (["--size", "demi"], "unknown SIZE 'demi'; allowed: demo, 300m, 1.5b, 3.3b"),
+        (["--size", "demo"], "DATA is missing"),
+        (["--data", "x"], "RUN is missing"),
+        (["--data", str(tmp_path / "none"), "--run", run], "does not exist"),
+        (["--data", str(data), "--run", run, "--steps", "0"], "steps is 0"),
+        (["--data", str(data), "--run", run, "--hardware.accelerator", "gpu"], "this machine shows 0 GPUs"),
+        (["--data", str(data), "--run", run], "the model expects 4 of 2048"),
+        (["--data", str(data), "--run", run, *SMALL, "--lm.condition.text_dim", "99"], "text_dim 384"),
+        (["--data", str(data), "--run", run, *SMALL, "--log.clips", "1", "--codec", "/nowhere"], "could not be loaded"),
+    ):
+        if "gpu" in argv and torch.cuda.is_available():
+            continue
+        with pytest.raises(UserError, match=message):
+            train.main(argv if "gpu" not in argv else [*argv, *SMALL, "--hardware.accelerator", "gpu"])
+    with pytest.raises(SettingsError, match=r"unknown setting 'optim.lrr'.*did you mean 'optim.lr'"):
+        train.main(["--data", str(data), "--run", run, "--optim.lrr", "1"])
+    with pytest.raises(SettingsError, match=r"optim.lr is -1"):
+        train.main(["--data", str(data), "--run", run, "--optim.lr", "-1"])
+    assert not (tmp_path / "run").exists()  # nothing that was refused left a folder
+
+
+def test_a_run_of_something_else_is_refused(whole: Path, data: Path, tmp_path: Path, codec: codecs.Codec) -> None:
+    with pytest.raises(
+        UserError, match=r"(?s)other settings:\n  optim.lr: the run has 0.01, given 0.5\n  seed: .* given 7"
+    ):
+        go(data, whole, "--optim.lr", "0.5", "--seed", "7")
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    info = json.loads((other / "dataset.json").read_text())
+    info["codec"] |= {"name": "another", "identity": "f" * 64}
+    (other / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"trained with codec .*small.*but now there is 'another' \(identity ffff"):
+        go(other, whole)
+    with pytest.raises(UserError, match=r"tokens of codec 'another' \(identity ffff.*another one"):
+        go(other, tmp_path / "fresh", "--log.clips", "1", "--codec", codec.name)
+    grown = write_dataset(
+        tmp_path / "grown", tracks=30, size=64, codec={"name": codec.name, "identity": codec.identity}
+    )
+    with pytest.raises(UserError, match="trained on data version"):
+        go(grown, whole)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not a run of this program"):
+        go(data, tmp_path / "taken")
+
+
+def test_real_sizes_have_their_settings() -> None:
+    for name, dropout in (("300m", 0.3), ("1.5b", 0.3), ("3.3b", 0.2)):
+        config = train.read_config(["--size", name, "--data", "x", "--run", "y"])
+        assert config.lm == train.size(name)
+        assert config.batch.word_dropout == dropout and config.batch.condition_dropout == 0.2
+        assert config.batch.size == 192 and config.batch.crop_seconds == 30 and config.steps == 1_000_000
+        assert config.optim.warmup_steps == 4000 and config.optim.clip == 1.0 and config.optim.weight_decay == 0.1
+    changed = train.read_config(["--size=300m", "--data", "x", "--run", "y", "--lm.activation", "relu"])
+    assert changed.lm == dataclasses.replace(train.size("300m"), activation="relu")
+
+
+def test_wandb_is_offline_without_key_or_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    assert record.wandb_mode() == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
+    began = time.monotonic()
+    assert record.wandb_mode() == "offline"
+    assert time.monotonic() - began < 5
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert record.wandb_mode() == "disabled"
+
+
+def test_a_failing_wandb_does_not_stop_the_record(tmp_path: Path) -> None:
+    class Broken:
+        @property
+        def experiment(self) -> Any:
+            raise OSError("no space left")
+
+    journal = record.Record(tmp_path, 0, Broken())
+    journal.log(1, {"train/loss": 1.0})
+    journal.log(2, {"train/loss": 0.5})
+    journal.finish()
+    assert [r["train/loss"] for r in record.read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 0.5]
