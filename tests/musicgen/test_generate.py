@@ -145,6 +145,12 @@ def test_top_k_one_ignores_the_seed(model: generate.MusicGen) -> None:
     )
 
 
+def test_every_column_draws_anew(model: generate.MusicGen) -> None:
+    """So hot that only the noise decides: it must be another one at every column."""
+    codes = codes_of(model, ["slow waltz"], [1], SamplingConfig(top_k=0, temperature=1e6, guidance=1.0))
+    assert all(len(book.unique()) > 35 for book in codes[0]), "40 frames of fresh draws from 2048 codes"
+
+
 @pytest.mark.parametrize("duration", [0.0, -3.0, float("nan"), float("inf"), 301.0])
 def test_impossible_durations(model: generate.MusicGen, duration: float) -> None:
     with pytest.raises(UserError, match=r"DURATION=.* is not possible; give seconds from 0.1 to 300"):
