@@ -38,16 +38,20 @@ def _mono(audio: np.ndarray | Tensor) -> Tensor:
     return torch.nn.functional.pad(wave, (missing // 2, missing - missing // 2))
 
 
+def chroma_energy(waves: Tensor, sample_rate_hz: int = 32_000) -> Tensor:
+    """Chroma energy of waves `[B, N]`, N at least the window: `[B, 12, 1 + N // 4096]`; differentiable, any device."""
+    window = torch.hann_window(WINDOW, device=waves.device)
+    spectrum = torch.stft(waves, WINDOW, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
+    power = spectrum.abs().square() / window.square().sum()
+    return _bank(sample_rate_hz).to(waves.device) @ power
+
+
 def chromagram(audio: np.ndarray | Tensor, sample_rate_hz: int = 32_000) -> Tensor:
     """Chroma energy of mono audio `[N]`: `[12, 1 + N // 4096]` float32, C first, not normalised.
 
     Audio shorter than the window is zero-padded on both sides, as the reference does.
     """
-    wave = _mono(audio)
-    window = torch.hann_window(WINDOW)
-    spectrum = torch.stft(wave, WINDOW, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
-    power = spectrum.abs().square() / window.square().sum()
-    return _bank(sample_rate_hz) @ power
+    return chroma_energy(_mono(audio)[None], sample_rate_hz)[0]
 
 
 def chroma_bins(audio: np.ndarray | Tensor, sample_rate_hz: int = 32_000) -> np.ndarray:

@@ -1,9 +1,13 @@
 """What the codec is asked to keep: waveform, mel spectra at several scales, and the tones that make the harmony.
 
+The waveform term is the energy of the error relative to that of the signal. It is what gets a fresh network going: its
+optimum under uncertainty is the mean, where that of an L1 is silence, and the spectral terms alone settle for noise of
+the right envelope. Once the quantiser is in, waveforms can no longer be matched at 2 kbit/s and the spectra take over.
+
 The multi-scale mel loss compares log10 mel energies (L1) and linear ones (L1) from 256-sample to 2048-sample windows,
 as in Défossez et al. 2022, section 3.4. Small codecs trained for a short time get the spectral envelope right long
 before the pitch; the tonal loss compares linear-frequency magnitudes below 3 kHz in long windows, where neighbouring
-semitones are separate lines.
+semitones are separate lines; the chroma loss asks directly for the right pitch class.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from musicgen.chroma import chroma_energy
+
 FLOOR = 1e-5
 
 
@@ -23,19 +29,21 @@ class LossConfig:
     """Weights and scales of the reconstruction losses.
 
     Args:
-        wave: weight of the waveform L1.
+        wave: weight of the waveform's relative error energy.
         mel: weight of the multi-scale mel loss.
         tonal: weight of the tonal loss.
+        chroma: weight of the chroma loss (needs crops of more than half a second).
         commitment: weight of the commitment loss of the quantiser.
         mel_windows: FFT sizes of the mel scales; the hop is a quarter.
         tonal_windows: FFT sizes of the tonal scales; the hop is a quarter.
         tonal_max_hz: tonal loss looks below this frequency.
     """
 
-    wave: float = 1.0
+    wave: float = 0.5
     mel: float = 1.0
     tonal: float = 1.0
-    commitment: float = 1.0
+    chroma: float = 0.0
+    commitment: float = 0.5
     mel_windows: tuple[int, ...] = (256, 512, 1024, 2048)
     tonal_windows: tuple[int, ...] = (4096, 8192)
     tonal_max_hz: float = 3000.0
@@ -73,9 +81,9 @@ def spectrum(wave: Tensor, n_fft: int) -> Tensor:
 def reconstruction_losses(
     original: Tensor, decoded: Tensor, config: LossConfig, sample_rate_hz: int
 ) -> dict[str, Tensor]:
-    """Unweighted losses `wave`, `mel`, `tonal` between `[B, C, N]` signals (channels are treated as items)."""
+    """Unweighted losses `wave`, `mel`, `tonal` and, where it has a weight, `chroma` between `[B, C, N]` signals (channels are treated as items)."""
     x, y = original.flatten(0, 1), decoded.flatten(0, 1)
-    wave = (x - y).abs().mean() / x.abs().mean().clamp(min=1e-3)
+    wave = (x - y).square().mean() / x.square().mean().clamp(min=1e-6)
     mel = x.new_zeros(())
     for n_fft in config.mel_windows:
         num_mels = min(64, n_fft // 16)
@@ -91,4 +99,18 @@ def reconstruction_losses(
         tonal = tonal + (a - b).abs().mean() / a.mean().clamp(min=1e-4)
         tonal = tonal + 0.3 * ((a + 1e-3).log10() - (b + 1e-3).log10()).abs().mean()
     tonal = tonal / max(1, len(config.tonal_windows))
-    return {"wave": wave, "mel": mel, "tonal": tonal}
+    losses = {"wave": wave, "mel": mel, "tonal": tonal}
+    if config.chroma:
+        losses["chroma"] = _chroma_loss(x, y, sample_rate_hz)
+    return losses
+
+
+def _chroma_loss(x: Tensor, y: Tensor, sample_rate_hz: int) -> Tensor:
+    """Cross-entropy of the twelve pitch classes' shares of energy, sharpened, frame by frame; silence left out."""
+    energy = chroma_energy(x, sample_rate_hz)
+    wanted = (energy + 1e-6).square()
+    wanted = wanted / wanted.sum(1, keepdim=True)
+    got = ((chroma_energy(y, sample_rate_hz) + 1e-6).log() * 2).log_softmax(1)
+    entropy = -(wanted * wanted.clamp(min=1e-8).log()).sum(1)
+    sounding = (energy.sum(1) > 1e-4).float()
+    return ((-(wanted * got).sum(1) - entropy) * sounding).sum() / sounding.sum().clamp(min=1)

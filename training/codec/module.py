@@ -45,6 +45,8 @@ class CodecTrainConfig:
         validation_tracks: tracks looked at in a validation.
         seed: addresses every random choice.
         threads: CPU threads, 0 for all.
+        loss: weights of the losses.
+        warmup_loss: weights during the warm-up, where the waveform leads.
         splits: shares of the split groups (artist and work), as in the ingest of the same music.
     """
 
@@ -53,20 +55,31 @@ class CodecTrainConfig:
     run: str = "runs/codec"
     steps: int = 8000
     cooldown_steps: int = 1500
-    warmup_steps: int = 300
-    batch_size: int = 8
+    warmup_steps: int = 1200
+    batch_size: int = 4
     crop_seconds: float = 1.0
-    lr: float = 8e-4
-    betas: tuple[float, float] = (0.8, 0.99)
-    clip: float = 5.0
-    ema_decay: float = 0.998
+    lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 10.0
+    ema_decay: float = 0.995
     validate_every: int = 500
     validation_tracks: int = 16
     seed: int = 2036
     threads: int = 0
     splits: SplitConfig = field(default_factory=lambda: SplitConfig(0.85, 0.15, 0.0))
     loss: LossConfig = field(default_factory=LossConfig)
+    warmup_loss: LossConfig = field(default_factory=lambda: LossConfig(wave=3.0, mel=0.3, tonal=1.0))
     quantiser: QuantiserConfig = field(default_factory=QuantiserConfig)
+
+
+@torch.no_grad()
+def _initialise(network: torch.nn.Module) -> None:
+    """Convolutions start as torch starts them, uniform ±1/√fan_in, smaller than the Kaiming start of `transformers`."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv1d | torch.nn.ConvTranspose1d):
+            weight = module.weight
+            bound = weight[0].numel() ** -0.5
+            module.weight = torch.empty_like(weight).uniform_(-bound, bound)  # type: ignore[assignment]
 
 
 class CodecModule(pl.LightningModule):
@@ -78,6 +91,7 @@ class CodecModule(pl.LightningModule):
         self.shape = codecs.CODEC_SIZES[config.size]
         torch.manual_seed(config.seed)
         self.network: Any = codecs.build(self.shape)
+        _initialise(self.network)
         self.ema = [p.detach().clone() for p in self.network.parameters()]
         self.validation_audio = validation_audio
         self.record: dict[str, float] = {}
@@ -97,8 +111,8 @@ class CodecModule(pl.LightningModule):
             latents, losses["commitment"] = result.latents, result.commitment
             self.record["revived"] = float(sum(result.revived))
         decoded = self.network.decoder(latents)[..., : batch.shape[-1]]
-        losses |= reconstruction_losses(batch, decoded, config.loss, self.shape.sample_rate_hz)
-        weights = config.loss
+        weights = config.loss if step >= config.warmup_steps else config.warmup_loss
+        losses |= reconstruction_losses(batch, decoded, weights, self.shape.sample_rate_hz)
         total = sum((getattr(weights, name) * value for name, value in losses.items()), start=batch.new_zeros(()))
         if not bool(torch.isfinite(total)):
             raise FloatingPointError(f"codec loss is not finite at step {step} ({losses}); seed {config.seed}")
@@ -141,7 +155,7 @@ class CodecModule(pl.LightningModule):
         adam = torch.optim.Adam(self.network.parameters(), lr=config.lr, betas=config.betas)
 
         def rate(step: int) -> float:
-            warm = min(1.0, (step + 1) / 200)
+            warm = min(1.0, (step + 1) / 50)
             left = (config.steps - step) / max(1, config.cooldown_steps)
             return max(0.0, min(warm, left))
 
