@@ -92,6 +92,7 @@ def wandb_logger(folder: Path, run_id: str, settings_tree: Mapping[str, Any]) ->
     import wandb
     from pytorch_lightning.loggers import WandbLogger
 
+    mode = wandb_mode()
     try:
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "musicgen"),
@@ -99,9 +100,16 @@ def wandb_logger(folder: Path, run_id: str, settings_tree: Mapping[str, Any]) ->
             dir=str(folder),
             id=run_id,
             resume="allow",
-            mode=cast(Any, wandb_mode()),
+            mode=cast(Any, mode),
             config=dict(settings_tree),
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30, save_code=False, disable_git=True),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                # Offline nothing can hang but a busy machine may be slow; online a silent network must not hold us.
+                init_timeout=30 if mode == "online" else 300,
+                save_code=False,
+                disable_git=True,
+            ),
         )
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP, step_sync=True)
