@@ -88,7 +88,7 @@ class CheckConfig:
     silence_dbfs: float = -60.0
     max_silent_share: float = 0.8
     max_clipped_share: float = 0.01
-    max_dc: float = 0.05
+    max_dc: float = 0.1
     min_correlation: float = -0.8
 
 

@@ -22,6 +22,7 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_enable_metrics_collection", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 would let any other program starve the workers
 
 import ray
 from ray.exceptions import (

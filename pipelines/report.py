@@ -277,7 +277,7 @@ def _made(info: dict[str, Any], metas: Sequence[dict[str, Any]]) -> str:
         ("captions", f"{captions} variants; descriptions in {escape(', '.join(languages) or 'no language')}"),
         ("measured claims", f"{measured} tracks have a caption with a measured key or tempo"),
         ("splits", "disjoint by artist and by work: rows that share either are drawn together, by a hash"),
-        ("checks", f"<code>{escape(json.dumps(info['settings']['checks']))}</code>"),
+        ("checks", f"<code>{escape(json.dumps(info['settings']['checks'], sort_keys=True))}</code>"),
     ]
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{value}</td></tr>" for name, value in facts)
     return f"<table>{rows}</table>"

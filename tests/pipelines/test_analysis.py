@@ -34,7 +34,8 @@ def song(bpm: float, tonic: int, minor: bool, seconds: float = 12.0) -> np.ndarr
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("bpm", "tonic", "minor", "key"), [(72, 9, True, "A minor"), (100, 3, False, "Eb major"), (140, 6, True, "F# minor")]
+    ("bpm", "tonic", "minor", "key"),
+    [(72, 9, True, "A minor"), (100, 3, False, "Eb major"), (140, 6, True, "F# minor")],
 )
 def test_key_and_tempo(backend: str, bpm: float, tonic: int, minor: bool, key: str) -> None:
     found = analysis.analyse(song(bpm, tonic, minor), HZ, backend)

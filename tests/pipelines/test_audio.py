@@ -187,7 +187,7 @@ def music(seconds: float = 4.0) -> np.ndarray:
         (lambda x: x * np.r_[np.ones(40_000), np.zeros(x.shape[1] - 40_000)], None),
         (lambda x: np.clip(x * 30, -1, 1), "clipped"),
         (lambda x: x * 4.9, None),
-        (lambda x: x + 0.1, "dc"),
+        (lambda x: x + 0.15, "dc"),
         (lambda x: x * np.array([[1], [-1]]), "phase"),
         (lambda x: x[:1], None),
         (lambda x: np.where(np.arange(x.shape[1]) == 9, np.nan, x), "decode"),
