@@ -1,9 +1,10 @@
 """Tracks through Ray: the only file that imports it.
 
-CPU tasks prepare micro-batches (decode, checks, resample, analysis, chroma), codec actors turn them into codes; the
+CPU workers prepare micro-batches (decode, checks, resample, analysis, chroma), codec workers turn them into codes; the
 audio between them rests in Ray's object store and the results go to the work folder. Both counts in flight are bounded,
-so a slow codec holds decoding back and memory stays flat. Tasks and actors ask for half a core each: on every core one
-of each takes turns, and the operating system keeps the core busy whatever their ratio is.
+so a slow codec holds decoding back and memory stays flat. Each worker asks for half a core: on every core one of each
+kind takes turns, and the operating system keeps the core busy whatever their ratio is. Both kinds are actors, because
+Ray ends idle task workers within a second, and each new one would spend several core-seconds on imports.
 
 A worker that dies takes its micro-batch with it; the batch's tracks are then tried one by one, and the one that kills
 its worker again is rejected as `crash`. A full disk ends the run with its message.
@@ -53,7 +54,6 @@ class RunConfig:
         address: an existing Ray cluster to work on (`auto` or host:port); empty starts a local one.
         codec_actors: processes that encode, one thread each; 0 means one per core.
         batch: tracks per micro-batch.
-        in_flight: micro-batches being prepared at once per core.
         object_store_mb: shared memory of a local Ray.
         retry: reject codes to try again although their sources are unchanged, such as `timeout`.
     """
@@ -62,7 +62,6 @@ class RunConfig:
     address: str = ""
     codec_actors: int = 0
     batch: int = 2
-    in_flight: int = 2
     object_store_mb: int = 512
     retry: list[str] = field(default_factory=list)
 
@@ -120,7 +119,7 @@ def start(run: RunConfig) -> float:
 
 def stop() -> None:
     """Disconnect; ends a Ray that was started here."""
-    _encoders.clear()
+    _pools.clear()
     ray.shutdown()
 
 
@@ -129,30 +128,38 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_decoder: Decoder | None = None
-
-
 def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
 
 
-def _prepare(jobs: list[Job], settings: TrackSettings, work: Place) -> tuple[list[str], list[Prepared]]:
-    """A micro-batch on a CPU worker; rejects are saved here. The decoding child lives as long as the worker."""
-    global _decoder
-    _one_thread()
-    if _decoder is None or _decoder.limits != settings.decode or _decoder.max_seconds != settings.checks.max_seconds:
-        if _decoder is not None:
-            _decoder.close()
-        _decoder = Decoder(settings.decode, settings.checks.max_seconds)
-    outcomes = [stages.prepare(job, settings, _decoder) for job in jobs]
-    finished = []
-    for job, outcome in zip(jobs, outcomes):
-        if isinstance(outcome, Result):
-            stages.save(work, job.work_id, outcome)
-            finished.append(job.work_id)
-    return finished, [o for o in outcomes if isinstance(o, Prepared)]
+class _Preparer:
+    """Everything before the codec, in a process of its own; the decoding child lives as long as it does."""
+
+    def __init__(self) -> None:
+        _one_thread()
+        self.decoder: Decoder | None = None
+
+    def ready(self) -> str:
+        return ""
+
+    def run(self, jobs: list[Job], settings: TrackSettings, work: Place) -> tuple[list[str], list[Prepared]]:
+        """A micro-batch; rejects are saved here. Returns (ids of the rejects, tracks for the codec)."""
+        limits, longest = settings.decode, settings.checks.max_seconds
+        if self.decoder is None or (self.decoder.limits, self.decoder.max_seconds) != (limits, longest):
+            if self.decoder is not None:
+                self.decoder.close()
+            self.decoder = Decoder(limits, longest)
+        finished, prepared = [], []
+        for job in jobs:
+            outcome = stages.prepare(job, settings, self.decoder)
+            if isinstance(outcome, Result):
+                stages.save(work, job.work_id, outcome)
+                finished.append(job.work_id)
+            else:
+                prepared.append(outcome)
+        return finished, prepared
 
 
 class _Encoder:
@@ -162,117 +169,143 @@ class _Encoder:
         _one_thread()
         self.codec = stages.load_codec(codec)
 
-    def identity(self) -> str:
+    def ready(self) -> str:
         return self.codec.identity
 
-    def encode(self, batch: list[Prepared], work: Place) -> list[tuple[str, float]]:
+    def run(self, batch: list[Prepared], work: Place) -> list[tuple[str, float]]:
         """Encode and save; returns (work id, audio seconds) per track."""
         for prepared in batch:
             stages.save(work, prepared.job.work_id, stages.encode(prepared, self.codec))
         return [(p.job.work_id, p.seconds) for p in batch]
 
 
-_remote_prepare: Any = ray.remote(num_cpus=0.5, max_retries=0, num_returns=2)(_prepare)
+_RemotePreparer: Any = ray.remote(num_cpus=0.5, max_restarts=0)(_Preparer)
 _RemoteEncoder: Any = ray.remote(num_cpus=0.5, max_restarts=0)(_Encoder)
-_encoders: dict[tuple[str, str], list[Any]] = {}  # started once per codec; a second pass of a run finds them warm
+
+
+class _Pool:
+    """Workers of one kind. Each has at most two batches: one in work and one behind it, so that none waits for us."""
+
+    DEPTH = 2
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make = make
+        self.actors: list[Any] = []
+        self.running: dict[Any, tuple[list[Job], Any, bool]] = {}
+
+    def grow(self, count: int) -> list[str]:
+        """Have at least `count` workers and wait until all are ready; returns what they say."""
+        self.actors += [self.make() for _ in range(count - len(self.actors))]
+        return ray.get([actor.ready.remote() for actor in self.actors])
+
+    def free(self, alone: bool) -> Any:
+        """A worker that can take a batch (one that must be alone: an idle worker); None when all are busy."""
+        load = dict.fromkeys(map(id, self.actors), 0)
+        for _, actor, is_alone in self.running.values():
+            load[id(actor)] = load.get(id(actor), 0) + (self.DEPTH if is_alone else 1)
+        actor = min(self.actors, key=lambda a: load[id(a)])
+        return actor if load[id(actor)] < (1 if alone else self.DEPTH) else None
+
+    def submit(self, actor: Any, batch: list[Job], alone: bool, outputs: int, *arguments: Any) -> list[Any]:
+        """Give a worker a batch; returns the references of its outputs, the first of which `running` knows."""
+        refs = actor.run.options(num_returns=outputs).remote(*arguments)
+        refs = refs if outputs > 1 else [refs]
+        self.running[refs[0]] = (batch, actor, alone)
+        return refs
+
+    def take(self, ref: Any) -> tuple[list[Job], Any, RayError | None]:
+        """The finished batch of a reference: its jobs, what came back, and the error; a dead worker is replaced."""
+        batch, actor, _ = self.running.pop(ref)
+        try:
+            return batch, ray.get(ref), None
+        except RayError as error:
+            if isinstance(error, RayActorError) and actor in self.actors:
+                self.actors[self.actors.index(actor)] = self.make()
+            return batch, None, error
+
+
+_pools: dict[tuple[str, str], _Pool] = {}  # started once; a second pass of a run finds its workers warm
 
 
 class _Run:
-    """One pass over the jobs: what is waiting, being prepared, and being encoded."""
+    """One pass over the jobs: what is waiting, being prepared, prepared, and being encoded."""
 
     def __init__(
         self, settings: TrackSettings, work: Place, run: RunConfig, done: Callable[[int, float], None]
     ) -> None:
         self.settings, self.work, self.run, self.done = settings, work, run, done
-        self.cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        self.count = run.codec_actors or self.cores
+        cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        spread = {"scheduling_strategy": "SPREAD"}
+        name, identity = settings.codec, settings.codec_identity
+        self.preparers = _pools.setdefault(("", ""), _Pool(lambda: _RemotePreparer.options(**spread).remote()))
+        self.encoders = _pools.setdefault(
+            (name, identity), _Pool(lambda: _RemoteEncoder.options(**spread).remote(name))
+        )
+        for pool in (self.preparers, self.encoders):
+            pool.running.clear()  # what an earlier pass of this process left behind when it failed
+        for said in self.encoders.grow(run.codec_actors or cores):
+            if said != identity:
+                del _pools[name, identity]
+                raise UserError(
+                    f"codec {name!r} is another one on a worker ({said[:12]}) than here ({identity[:12]}); "
+                    "every machine of the cluster needs the same files"
+                )
+        self.preparers.grow(cores)
         self.waiting: deque[list[Job]] = deque()
-        self.preparing: dict[Any, tuple[list[Job], Any]] = {}
+        self.audio: dict[Any, Any] = {}
         self.prepared: deque[tuple[list[Job], Any]] = deque()
-        self.encoding: dict[Any, tuple[list[Job], Any]] = {}
         self.attempts: dict[str, int] = {}
         self.began = time.monotonic()
         self.timing = Timing()
 
-    def _actor(self) -> Any:
-        return _RemoteEncoder.options(scheduling_strategy="SPREAD").remote(self.settings.codec)
-
-    def _start_actors(self) -> list[Any]:
-        """As many codec processes as asked for, each with the very codec that the set names."""
-        pool = _encoders.setdefault((self.settings.codec, self.settings.codec_identity), [])
-        pool += [self._actor() for _ in range(self.count - len(pool))]
-        for actor, identity in zip(pool, ray.get([actor.identity.remote() for actor in pool])):
-            if identity != self.settings.codec_identity:
-                ray.kill(actor)
-                pool.remove(actor)
-                raise UserError(
-                    f"codec {self.settings.codec!r} is another one on a worker ({identity[:12]}) than here "
-                    f"({self.settings.codec_identity[:12]}); every machine of the cluster needs the same files"
-                )
-        return pool
-
     def loop(self, jobs: Sequence[Job]) -> Timing:
-        self.actors = self._start_actors()
-        self.began = time.monotonic()
-        settings, size = ray.put(self.settings), max(1, self.run.batch)
+        size = max(1, self.run.batch)
         self.waiting.extend(list(jobs[i : i + size]) for i in range(0, len(jobs), size))
-        while self.waiting or self.preparing or self.prepared or self.encoding:
-            self._feed(settings)
-            ready, _ = ray.wait([*self.encoding, *self.preparing], num_returns=1, timeout=10.0)
+        while self.waiting or self.prepared or self.preparers.running or self.encoders.running:
+            self._feed()
+            ready, _ = ray.wait([*self.encoders.running, *self.preparers.running], num_returns=1, timeout=10.0)
             for ref in ready:
                 self._collect(ref)
         return self.timing
 
-    def _feed(self, settings: Any) -> None:
-        room = 2 * self.count  # prepared batches that may wait for a codec; more would only fill memory
-        while self.waiting and len(self.preparing) < self.run.in_flight * self.cores and len(self.prepared) < room:
-            batch = self.waiting.popleft()
-            finished, audio = _remote_prepare.remote(batch, settings, self.work)
-            self.preparing[finished] = (batch, audio)
-        load = {id(actor): 0 for actor in self.actors}
-        for batch, actor in self.encoding.values():
-            load[id(actor)] = load.get(id(actor), 0) + (2 if self._suspect(batch) else 1)
+    def _feed(self) -> None:
+        # A track that has been in a dying process before is alone in its worker, so that no other pays for it.
         while self.prepared:
             batch, audio = self.prepared[0]
-            actor = min(self.actors, key=lambda a: load[id(a)])
-            # One batch being encoded and one behind it, so that no actor waits for the driver; a track that has been
-            # in a dying process before is alone, so that no other pays for it.
-            if load[id(actor)] >= (1 if self._suspect(batch) else 2):
+            actor = self.encoders.free(alone := self._suspect(batch))
+            if actor is None:
                 break
             self.prepared.popleft()
-            self.encoding[actor.encode.remote(audio, self.work)] = (batch, actor)
-            load[id(actor)] += 2 if self._suspect(batch) else 1
+            self.encoders.submit(actor, batch, alone, 1, audio, self.work)
+        room = 2 * len(self.encoders.actors)  # prepared batches that may wait; more would only fill memory
+        while self.waiting and len(self.prepared) + len(self.preparers.running) < room + len(self.preparers.actors):
+            actor = self.preparers.free(alone := self._suspect(self.waiting[0]))
+            if actor is None:
+                break
+            batch = self.waiting.popleft()
+            finished, audio = self.preparers.submit(actor, batch, alone, 2, batch, self.settings, self.work)
+            self.audio[finished] = audio
 
     def _suspect(self, batch: list[Job]) -> bool:
         return any(job.work_id in self.attempts for job in batch)
 
     def _collect(self, ref: Any) -> None:
-        if ref in self.preparing:
-            batch, audio = self.preparing.pop(ref)
-            try:
-                finished = set(ray.get(ref))
-            except RayError as error:
-                self._lost(batch, error)
-                return
-            for job in batch:
-                if job.work_id in finished:
-                    self.done(1, 0.0)
-            rest = [job for job in batch if job.work_id not in finished]
-            if rest:
-                self.prepared.append((rest, audio))
-            return
-        batch, actor = self.encoding.pop(ref)
-        try:
-            encoded = ray.get(ref)
-        except RayError as error:
-            if isinstance(error, RayActorError) and actor in self.actors:
-                self.actors[self.actors.index(actor)] = self._actor()
+        if ref in self.encoders.running:
+            batch, encoded, error = self.encoders.take(ref)
+            now = time.monotonic() - self.began
+            for _, seconds in encoded or []:
+                self.timing.completions.append((now, seconds))
+                self.done(1, seconds)
+        else:
+            audio = self.audio.pop(ref)
+            batch, finished, error = self.preparers.take(ref)
+            rest = [job for job in batch if job.work_id not in (finished or [])]
+            if error is None:
+                self.done(len(batch) - len(rest), 0.0)
+                if rest:
+                    self.prepared.append((rest, audio))
+        if error is not None:
             self._lost(batch, error)
-            return
-        now = time.monotonic() - self.began
-        for _, seconds in encoded:
-            self.timing.completions.append((now, seconds))
-            self.done(1, seconds)
 
     def _lost(self, batch: list[Job], error: RayError) -> None:
         """A micro-batch that ended with an error: its tracks alone, then rejects; other errors are raised."""
@@ -315,7 +348,7 @@ def process(
         one_pass = _Run(settings, work, run, done)
         timing = one_pass.loop(jobs)
     except RayActorError as error:
-        raise UserError(f"a codec process could not start: {error}") from error
+        raise UserError(f"a worker could not start: {error}") from error
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, UserError) else error) from None
     timing.start_seconds = one_pass.began - began
