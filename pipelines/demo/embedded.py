@@ -86,6 +86,10 @@ def build(out: Path, seed: int, workers: int) -> None:
     ]
     refused, expected = refused_rows(tracks, rows, out, seed)
     write_rows([*rows, *refused], out / "catalog.jsonl")
+    known = {str(row["uri"]) for row in [*rows, *refused]}
+    for path in (out / "audio").iterdir():  # what an earlier plan left behind
+        if f"audio/{path.name}" not in known:
+            path.unlink()
     (out / DEAL_FILE).write_text(DEAL_TEXT, encoding="utf-8")
     (out / "expected_rejects.json").write_text(json.dumps(expected, indent=2) + "\n", encoding="utf-8")
     (out / "LICENSE.md").write_text(LICENCE_TEXT, encoding="utf-8")
@@ -158,7 +162,7 @@ def _double(
     source = files[index]
     if suffix == ".flac":
         samples, rate = soundfile.read(source, dtype="int16", always_2d=True)
-        soundfile.write(path, samples, rate, format="FLAC", subtype="PCM_16", compression_level=0.0)
+        soundfile.write(path, samples, rate, format="FLAC", subtype="PCM_16", compression_level=0.4)
         if not np.array_equal(samples, soundfile.read(path, dtype="int16", always_2d=True)[0]):
             raise AssertionError(f"{path.name}: the second encoding must hold the samples of {source.name}")
     else:

@@ -20,6 +20,8 @@ import soundfile
 from pipelines.demo.arranger import LEAD_IN, Score
 
 TICKS = 480
+MAX_OFFSET = 0.012
+"""Mean level, as a share of the peak, from which on a piece is freed of it: some pad samples lie off zero."""
 SOUNDFONTS = ("FluidR3_GM.sf2", "/usr/share/sounds/sf2/FluidR3_GM.sf2", "/usr/share/soundfonts/FluidR3_GM.sf2")
 
 
@@ -96,6 +98,14 @@ def _track(events: list[tuple[int, bytes]], end: int) -> bytes:
     return b"MTrk" + struct.pack(">I", len(body)) + body
 
 
+def high_pass(samples: np.ndarray, rate: int, corner: float = 20.0) -> np.ndarray:
+    """Samples [frames, 2] without what lies below ``corner`` Hz (second order, no phase shift)."""
+    spectrum = np.fft.rfft(samples, axis=0)
+    square = (np.arange(len(spectrum)) * rate / len(samples) / corner) ** 2
+    spectrum *= (square / (1.0 + square))[:, None]
+    return np.fft.irfft(spectrum, len(samples), axis=0).astype(np.float32)
+
+
 def render(score: Score, rate: int = 32000, peak_db: float = -1.5) -> np.ndarray:
     """Samples float32 [frames, 2] of the score at ``rate`` Hz, peak at ``peak_db`` dBFS."""
     font = soundfont()
@@ -107,41 +117,14 @@ def render(score: Score, rate: int = 32000, peak_db: float = -1.5) -> np.ndarray
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "a.mid"), Path(folder, "a.wav")
         source.write_bytes(midi_bytes(score))
-        command = [
-            "fluidsynth",
-            "-ni",
-            "-q",
-            "-r",
-            str(rate),
-            "-g",
-            "0.5",
-            "-C",
-            "0",
-            "-R",
-            "1",
-            "-o",
-            "synth.cpu-cores=1",
-            "-o",
-            "synth.reverb.room-size=0.5",
-            "-o",
-            "synth.reverb.level=0.5",
-            "-o",
-            "synth.reverb.damp=0.3",
-            "-o",
-            "synth.reverb.width=0.8",
-            "-o",
-            "synth.polyphony=200",
-            "-o",
-            "synth.dynamic-sample-loading=1",
-            "-O",
-            "float",
-            "-T",
-            "wav",
-            "-F",
-            str(target),
-            str(font),
-            str(source),
-        ]
+        settings = {
+            "cpu-cores": "1", "reverb.room-size": "0.5", "reverb.level": "0.5", "reverb.damp": "0.3",
+            "reverb.width": "0.8", "polyphony": "200", "dynamic-sample-loading": "1",
+        }  # fmt: skip
+        command = ["fluidsynth", "-ni", "-q", "-r", str(rate), "-g", "0.5", "-C", "0", "-R", "1"]
+        for name, value in settings.items():
+            command += ["-o", f"synth.{name}={value}"]
+        command += ["-O", "float", "-T", "wav", "-F", str(target), str(font), str(source)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not target.is_file():
             raise RuntimeError(f"fluidsynth ended with {done.returncode}: {done.stderr.strip()[-300:]}")
@@ -150,6 +133,8 @@ def render(score: Score, rate: int = 32000, peak_db: float = -1.5) -> np.ndarray
     out = np.zeros((frames, 2), np.float32)
     count = min(frames, len(samples))
     out[:count] = samples[:count]
+    if np.abs(out.mean(0)).max() > MAX_OFFSET * np.abs(out).max():
+        out = high_pass(out, rate)
     fade = round(0.7 * rate)
     out[-fade:] *= (np.cos(np.linspace(0, np.pi, fade, dtype=np.float32)) * 0.5 + 0.5)[:, None]
     peak = float(np.abs(out).max())
