@@ -225,6 +225,7 @@ def test_growth_change_and_removal_give_the_set_made_at_once(
     # one changed title touches one bucket; nothing is decoded again
     final[5] = {**final[5], "title": "New"}
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "once/out/shards").iterdir()}
+    capsys.readouterr()
     assert run(write_rows(tmp_path / "once", final), tmp_path / "once/out") == 0
     after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "once/out/shards").iterdir()}
     assert sum(before[n] != after[n] for n in before) == 1
@@ -359,6 +360,23 @@ def test_a_set_without_training_tracks_is_not_usable(tmp_path: Path, capsys: pyt
     assert "not usable for training" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/dataset.json").read_text())["counts"]["rejects_by_code"] == {"no_licence": 2}
     assert run(catalogue, tmp_path / "out") == 1
+
+
+def test_the_embedded_catalogue_rejects_what_it_says(local_ray: str, tmp_path: Path) -> None:
+    """The demo's inadmissible rows, with the tracks that its duplicates copy, through the real command."""
+    from pipelines import catalog
+
+    folder = Path(codecs.__file__).parent / "assets" / "catalogue"
+    expected = json.loads((folder / "expected_rejects.json").read_text())
+    rows = [json.loads(line) for line in (folder / "catalog.jsonl").read_text().splitlines()]
+    copied = {(r["artist"], r["work"]) for r in rows if expected.get(r["track_id"]) == "duplicate"}
+    some = [r for r in rows if r["track_id"] in expected or (r["artist"], r["work"]) in copied]
+    assert len(catalog.read(str(folder / "catalog.jsonl")).rows) == len(rows) > len(some)
+    for r in some:
+        r["uri"] = str(folder / r["uri"])
+    assert run(write_rows(tmp_path, some, audio=False), tmp_path / "out", "--splits.train", "1", "--splits.valid", "0",
+               "--splits.test", "0") == 0  # fmt: skip
+    assert rejects(tmp_path / "out") == expected
 
 
 def test_bad_settings(tmp_path: Path) -> None:
