@@ -46,8 +46,8 @@ class AssetsConfig:
     work: str = "data/assets"
     hours: float = 12.0
     music_seed: int = 1
-    codec_steps: int = 7000
-    model_steps: int = 4000
+    codec_steps: int = 5400
+    model_steps: int = 1700
     embedded: bool = False
     only: tuple[str, ...] = ()
 
@@ -128,13 +128,30 @@ def model(config: AssetsConfig, work: Path) -> None:
 def figures(config: AssetsConfig, work: Path) -> None:
     """Measure what ships and keep the figures beside it."""
     embedded = str(SHIPPED / "catalogue" / "catalog.jsonl")
-    _command("training.codec.evaluate", "--data", embedded, "--cache", str(work / "eval-pcm"), "--out", str(work / "codec.json"))
-    _command("training.music_check", "--model", "demo", "--data", str(work / "tokens"), "--out", str(work / "music_check.json"))
+    _command(
+        "training.codec.evaluate",
+        "--data",
+        embedded,
+        "--cache",
+        str(work / "eval-pcm"),
+        "--out",
+        str(work / "codec.json"),
+    )
+    _command(
+        "training.music_check",
+        "--model",
+        "demo",
+        "--data",
+        str(work / "tokens"),
+        "--out",
+        str(work / "music_check.json"),
+    )
     kept = {
-        "codec": json.loads((work / "codec.json").read_text()),
-        "music_check": json.loads((work / "music_check.json").read_text()),
+        "codec": json.loads(codec_json.read_text()),
+        "music_check": json.loads(music_json.read_text()),
         "sha256": {
-            name: _hash(SHIPPED / name / "model.safetensors").removesuffix("") for name in ("codec", "model")
+            name: hashlib.sha256((SHIPPED / name / "model.safetensors").read_bytes()).hexdigest()
+            for name in ("codec", "model")
         },
     }
     (SHIPPED / "figures.json").write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")

@@ -81,7 +81,8 @@ def spectrum(wave: Tensor, n_fft: int) -> Tensor:
 def reconstruction_losses(
     original: Tensor, decoded: Tensor, config: LossConfig, sample_rate_hz: int
 ) -> dict[str, Tensor]:
-    """Unweighted losses `wave`, `mel`, `tonal` and, where it has a weight, `chroma` between `[B, C, N]` signals (channels are treated as items)."""
+    """Unweighted losses `wave`, `mel`, `tonal` and, where it has a weight, `chroma` between `[B, C, N]`
+    signals; channels are treated as items."""
     x, y = original.flatten(0, 1), decoded.flatten(0, 1)
     wave = (x - y).square().mean() / x.square().mean().clamp(min=1e-6)
     mel = x.new_zeros(())

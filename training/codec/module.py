@@ -109,7 +109,7 @@ class CodecModule(pl.LightningModule):
                 self.network.quantizer, latents, config.quantiser, train=True, seed=config.seed + 10 * step
             )
             latents, losses["commitment"] = result.latents, result.commitment
-            self.record["revived"] = float(sum(result.revived))
+            self.record["train/revived"] = float(sum(result.revived))
         decoded = self.network.decoder(latents)[..., : batch.shape[-1]]
         weights = config.loss if step >= config.warmup_steps else config.warmup_loss
         losses |= reconstruction_losses(batch, decoded, weights, self.shape.sample_rate_hz)

@@ -2,13 +2,14 @@
 
 Lightning drives, on a CPU or a GPU. Every `validate_every` steps the averaged weights are measured on held-out tracks,
 written to `runs/<name>/release/` when they are the best so far, and the whole state to `runs/<name>/state/last.ckpt`.
-The record is `runs/<name>/metrics.jsonl`.
+The record is `runs/<name>/metrics.jsonl`, mirrored to Weights & Biases (offline when there is no key or network).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ import yaml
 
 from musicgen import settings
 from musicgen.errors import UserError
+from training import record
 
 
 def main(argv: list[str]) -> int:
@@ -34,6 +36,7 @@ def main(argv: list[str]) -> int:
     from training.codec.module import CodecModule, CodecTrainConfig
 
     warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     config = settings.parse(CodecTrainConfig, argv, prog="python -m training.codec.train")
     if config.size not in codecs.CODEC_SIZES:
         raise UserError(f"unknown codec SIZE {config.size!r}; allowed: {', '.join(codecs.CODEC_SIZES)}")
@@ -65,13 +68,17 @@ def main(argv: list[str]) -> int:
     if last.is_file():
         stream.first_step = torch.load(last, map_location="cpu", weights_only=False)["global_step"]
         print(f"resuming at step {stream.first_step}", flush=True)
-        _truncate_metrics(run / "metrics.jsonl", stream.first_step)
+    logger = record.wandb_logger(run, _run_id(run), settings.to_dict(config))
+    watch = Watch(record.Record(run, stream.first_step, logger), config)
     trainer = pl.Trainer(
         max_steps=config.steps, max_epochs=-1, accelerator="auto", devices=1, logger=False, enable_checkpointing=False,
         gradient_clip_val=config.clip, enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0,
-        callbacks=[Watch(run, config)],
+        callbacks=[watch],
     )  # fmt: skip
-    trainer.fit(module, DataLoader(stream, batch_size=None), ckpt_path=str(last) if last.is_file() else None)
+    trainer.fit(
+        module, DataLoader(stream, batch_size=None), ckpt_path=str(last) if last.is_file() else None, weights_only=False
+    )
+    watch.record.finish()
     print(f"codec written to {run / 'release'}")
     return 0
 
@@ -91,10 +98,12 @@ def _keep_config(run: Path, config: Any) -> None:
     path.write_text(yaml.safe_dump(now, sort_keys=False))
 
 
-def _truncate_metrics(path: Path, step: int) -> None:
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+def _run_id(run: Path) -> str:
+    """The W&B id of a run folder; the same over every resume."""
+    path = run / "wandb-id"
+    if not path.is_file():
+        path.write_text(record.new_run_id())
+    return path.read_text()
 
 
 def _callback_base() -> type:
@@ -106,16 +115,13 @@ def _callback_base() -> type:
 class Watch(_callback_base()):  # type: ignore[misc]
     """Progress, metrics.jsonl, validation, state and release of a codec run."""
 
-    def __init__(self, run: Path, config: Any) -> None:
-        self.run, self.config, self.best = run, config, float("inf")
+    def __init__(self, kept: record.Record, config: Any) -> None:
+        self.record, self.config = kept, config
+        self.run = kept.folder
         self.began = time.monotonic()
         self.begin_step = 0
-        for line in self._lines():
-            self.best = min(self.best, line.get("valid/score", float("inf")))
-
-    def _lines(self) -> list[dict[str, Any]]:
-        path = self.run / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        earlier = record.read_metrics(kept.metrics.path)
+        self.best = min((line["valid/score"] for line in earlier if "valid/score" in line), default=float("inf"))
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Start the clock."""
@@ -136,7 +142,7 @@ class Watch(_callback_base()):  # type: ignore[misc]
         if step % 50 == 0 or step == self.config.steps:
             seconds = time.monotonic() - self.began
             rate = (step - self.begin_step) * self.config.batch_size * self.config.crop_seconds / seconds
-            self._write({"step": step, "audio_seconds_per_second": rate, **module.record})
+            self.record.log(step, {"train/audio_seconds_per_second": rate, **module.record})
             mel = module.record.get("train/mel", float("nan"))
             self.bar.update(self.task, description=f"mel {mel:.3f}, {rate:.1f} audio-s/s")
         if step > self.config.warmup_steps and (step % self.config.validate_every == 0 or step == self.config.steps):
@@ -151,7 +157,7 @@ class Watch(_callback_base()):  # type: ignore[misc]
 
         result = module.evaluate()
         result["valid/score"] = result["valid/log_mel"] - result["valid/chroma"]
-        self._write({"step": step, **result})
+        self.record.log(step, result)
         self.bar.console.print(f"step {step}: " + ", ".join(f"{k[6:]} {v:.3f}" for k, v in result.items()))
         state = self.run / "state"
         state.mkdir(exist_ok=True)
@@ -166,10 +172,6 @@ class Watch(_callback_base()):  # type: ignore[misc]
             codecs.save(network, self.run / "release")
             about = {"step": step, **result, "config": dataclasses.asdict(self.config)}
             (self.run / "release" / "training.json").write_text(json.dumps(about, indent=2) + "\n")
-
-    def _write(self, row: dict[str, Any]) -> None:
-        with (self.run / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
