@@ -22,7 +22,11 @@ def resolve(extras: list[str]) -> list[str]:
     command += ["--no-annotate", "--no-emit-index-url", "--no-emit-find-links"]
     command += [word for extra in extras for word in ("--extra", extra)]
     out = subprocess.run(
-        [str(Path(sys.executable).parent / command[0]), *command[1:]], cwd=ROOT, check=True, capture_output=True, text=True
+        [str(Path(sys.executable).parent / command[0]), *command[1:]],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
     lines = [re.sub(r"^(torch==[\d.]+)\+\w+", r"\1", line) for line in out.splitlines()]
     return [line for line in lines if line.strip() and not CUDA.match(line)]

@@ -128,24 +128,9 @@ def model(config: AssetsConfig, work: Path) -> None:
 def figures(config: AssetsConfig, work: Path) -> None:
     """Measure what ships and keep the figures beside it."""
     embedded = str(SHIPPED / "catalogue" / "catalog.jsonl")
-    _command(
-        "training.codec.evaluate",
-        "--data",
-        embedded,
-        "--cache",
-        str(work / "eval-pcm"),
-        "--out",
-        str(work / "codec.json"),
-    )
-    _command(
-        "training.music_check",
-        "--model",
-        "demo",
-        "--data",
-        str(work / "tokens"),
-        "--out",
-        str(work / "music_check.json"),
-    )
+    codec_json, music_json = work / "codec.json", work / "music_check.json"
+    _command("training.codec.evaluate", "--data", embedded, "--cache", str(work / "eval-pcm"), "--out", str(codec_json))
+    _command("training.music_check", "--model", "demo", "--data", str(work / "tokens"), "--out", str(music_json))
     kept = {
         "codec": json.loads(codec_json.read_text()),
         "music_check": json.loads(music_json.read_text()),

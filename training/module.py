@@ -86,7 +86,8 @@ class MusicLMModule(pl.LightningModule):
         inputs, targets, scored = patterns.training_columns(
             batch.codes.long(), config.special_id, valid=batch.valid, tail=config.tail
         )
-        sums = loss.cross_entropy_sums(self.lm.hidden(inputs, hidden, mask), list(self.lm.linears), targets, scored)
+        heads: list[Any] = list(self.lm.linears)
+        sums = loss.cross_entropy_sums(self.lm.hidden(inputs, hidden, mask), heads, targets, scored)
         counts = plan.num_targets(batch.valid_frames, self.crop_frames, config.num_codebooks, config.tail)
         return sums, torch.from_numpy(counts).to(sums)
 

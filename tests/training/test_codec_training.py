@@ -84,7 +84,7 @@ def test_gradient_passes_straight_through() -> None:
 
 def test_crops_are_addressed(cache: Path) -> None:
     pcm = data.open_cache(cache, "train")
-    ask = dict(seed=1, rank=0, num_samples=16_000)
+    ask = {"seed": 1, "rank": 0, "num_samples": 16_000}
     four = data.crops(pcm, step=7, batch_size=4, **ask)
     assert np.array_equal(four, data.crops(pcm, step=7, batch_size=4, **ask))
     assert not np.array_equal(four, data.crops(pcm, step=8, batch_size=4, **ask))
@@ -114,7 +114,8 @@ def test_trains_resumes_and_exports(cache: Path, tmp_path: Path) -> None:
         train.main([*argv, "--run", str(tmp_path / "cut")])
     assert train.main([*argv, "--run", str(tmp_path / "cut")]) == 0
     a, b = (
-        torch.load(tmp_path / name / "state" / "last.ckpt", weights_only=False)["state_dict"] for name in ("whole", "cut")
+        torch.load(tmp_path / name / "state" / "last.ckpt", weights_only=False)["state_dict"]
+        for name in ("whole", "cut")
     )
     assert all(torch.equal(a[k], b[k]) for k in a), "6 steps, stopped, 6 more = 12 at once, bit for bit"
 
