@@ -1,7 +1,7 @@
 """The demo music: notation, tunes, the split that names decide, and the committed catalogue.
 
-Everything but two short renders is plain Python; those need FluidSynth and FluidR3_GM and say so when
-they are skipped.
+Everything but one short piece, rendered twice, is plain Python; that one needs FluidSynth and FluidR3_GM
+and says so when it is skipped.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from pipelines import catalog
 from pipelines.demo import render as rendering
 from pipelines.demo.catalogue import lead_sheet, plan, score_of, tunes_of
 from pipelines.demo.compose import DEGREES, compose, harmonise, key_name
+from pipelines.demo.drums import DRUMS
 from pipelines.demo.embedded import plan_embedded
 from pipelines.demo.files import decoded, with_serial, write
 from pipelines.demo.notation import Note, parse_tune
-from pipelines.demo.patterns import DRUMS, PATTERNS
+from pipelines.demo.patterns import PATTERNS
 from pipelines.demo.rows import DEAL_FILE, key_in
 from pipelines.demo.styles import BY_LABEL, INSTRUMENTS, STYLES, split_side
 from pipelines.demo.tunes import TUNES, sheet
@@ -55,9 +56,10 @@ def admitted() -> list[dict[str, Any]]:
 
 
 def test_notation_reads_lengths_signature_accidentals_and_ties():
-    got = parse_tune("G2 | F/2^c3/2 c =F- | F4 |", (3, 4), "D major", 4)
-    assert got.melody[0] == Note(-2.0, 2.0, 67)
-    assert [n.pitch for n in got.melody] == [67, 66, 73, 73, 65, 66][: len(got.melody)]
+    got = parse_tune("G2 | F/2 ^G3/2 G d- | d2 =F>G |", (4, 4), "D major", 4)
+    assert [n.pitch for n in got.melody] == [67, 66, 68, 68, 74, 65, 67]
+    assert got.melody[0] == Note(-2.0, 2.0, 67) and got.melody[4] == Note(3.0, 3.0, 74)
+    assert [n.dur for n in got.melody[5:]] == [1.5, 0.5]
     assert got.bars == 2 and got.pickup == 2.0
 
 
@@ -84,8 +86,8 @@ def test_harmony_covers_every_tune_and_ends_at_home(tune):
     got = sheet(tune.id)
     chords = got.chords or harmonise(got)
     assert sum(c.dur for c in chords) == pytest.approx(got.bars * got.bar_len)
-    if not got.chords:
-        assert chords[-1].root == got.tonic
+    if not got.chords and got.melody[-1].pitch % 12 in {(got.tonic + step) % 12 for step in (0, 7)}:
+        assert chords[-1].root == got.tonic  # tunes that go round in circles end open
 
 
 def test_there_are_several_dozen_tunes_and_each_belongs_to_one_artist():
@@ -126,17 +128,18 @@ def test_composed_pieces_are_whole_and_end_on_the_tonic(style):
 
 
 def test_plans_are_reproducible_interleaved_and_keep_works_with_one_artist():
-    first = [track for track, _ in zip(plan("music", 1, (20.0, 40.0)), range(140))]
-    assert first == [track for track, _ in zip(plan("music", 1, (20.0, 40.0)), range(140))]
-    assert first != [track for track, _ in zip(plan("music", 2, (20.0, 40.0)), range(140))]
-    for start in range(0, 140, len(STYLES)):
+    first = [track for track, _ in zip(plan("music", 1, (20.0, 40.0)), range(56))]
+    assert first[:20] == [track for track, _ in zip(plan("music", 1, (20.0, 40.0)), range(20))]
+    assert first[:20] != [track for track, _ in zip(plan("music", 2, (20.0, 40.0)), range(20))]
+    for start in range(0, 56, len(STYLES)):
         assert len({t.style for t in first[start : start + len(STYLES)]}) == len(STYLES)
     owners = defaultdict(set)
-    for track in [*first, *plan_embedded(1)]:
+    embedded = plan_embedded(1)
+    for track in [*first, *embedded]:
         owners[track.work].add(track.artist)
     assert {len(artists) for artists in owners.values()} == {1}
     composed = {t.work for t in first if t.tune is None}
-    assert not composed & {t.work for t in plan_embedded(1) if t.tune is None}
+    assert not composed & {t.work for t in embedded if t.tune is None}
 
 
 def test_scores_have_the_planned_key_tempo_and_length():
@@ -260,8 +263,10 @@ def test_the_faulty_files_have_their_fault():
         if code == "too_short":
             assert len(decoded(path)[0]) / 48000 < 1.1
         if code == "duplicate":
-            twin = next(r for r in admitted() if f"{r['title']} (second delivery)" == _row(track_id)["title"])
-            assert np.array_equal(decoded(path)[0], decoded(FOLDER / twin["uri"])[0]) and track_id > twin["track_id"]
+            title = _row(track_id)["title"].removesuffix(" (second delivery)")
+            twins = [r for r in admitted() if r["title"] == title and Path(r["uri"]).suffix == path.suffix]
+            same = [r for r in twins if np.array_equal(decoded(path)[0], decoded(FOLDER / r["uri"])[0])]
+            assert len(same) == 1 and track_id > same[0]["track_id"]
         if code == "not_audio":
             with pytest.raises(soundfile.LibsndfileError):
                 soundfile.info(path)
