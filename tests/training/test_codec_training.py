@@ -127,7 +127,7 @@ def test_bad_input(tmp_path: Path, cache: Path) -> None:
         train.main([])
     with pytest.raises(UserError, match="does not exist"):
         train.main(["--data", str(tmp_path / "no.jsonl"), "--run", str(tmp_path / "r")])
-    with pytest.raises(UserError, match=r"lr: 0.0008 there, 0.5 now"):
+    with pytest.raises(UserError, match=r"lr: 0.002 there, 0.5 now"):
         run = ["--data", str(cache), "--run", str(tmp_path / "s"), *SMALL]
         train._keep_config(tmp_path, train_config(run))
         train._keep_config(tmp_path, train_config([*run, "--lr", "0.5"]))
