@@ -75,10 +75,17 @@ def main(argv: list[str]) -> int:
         gradient_clip_val=config.clip, enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0,
         callbacks=[watch],
     )  # fmt: skip
-    trainer.fit(
-        module, DataLoader(stream, batch_size=None), ckpt_path=str(last) if last.is_file() else None, weights_only=False
-    )
-    watch.record.finish()
+    finished = 1
+    try:
+        trainer.fit(
+            module,
+            DataLoader(stream, batch_size=None),
+            ckpt_path=str(last) if last.is_file() else None,
+            weights_only=False,
+        )
+        finished = 0
+    finally:
+        watch.record.finish(finished)
     print(f"codec written to {run / 'release'}")
     return 0
 
