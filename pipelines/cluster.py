@@ -27,6 +27,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 would let any 
 
 import ray
 from ray.exceptions import (
+    GetTimeoutError,
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
@@ -43,6 +44,7 @@ from pipelines.store import Place
 
 ATTEMPTS = 2  # for a track whose worker died
 START_ATTEMPTS = 3
+START_SECONDS = 900
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class RunConfig:
         cores: cores of the local Ray; 0 means all.
         address: an existing Ray cluster to work on (`auto` or host:port); empty starts a local one.
         codec_actors: processes that encode, one thread each; 0 means one per core.
+        workers: processes that prepare tracks for the codec; 0 means one per core.
         batch: tracks per micro-batch.
         object_store_mb: shared memory of a local Ray.
         retry: reject codes to try again although their sources are unchanged, such as `timeout`.
@@ -61,6 +64,7 @@ class RunConfig:
     cores: int = 0
     address: str = ""
     codec_actors: int = 0
+    workers: int = 0
     batch: int = 2
     object_store_mb: int = 512
     retry: list[str] = field(default_factory=list)
@@ -196,7 +200,13 @@ class _Pool:
     def grow(self, count: int) -> list[str]:
         """Have at least `count` workers and wait until all are ready; returns what they say."""
         self.actors += [self.make() for _ in range(count - len(self.actors))]
-        return ray.get([actor.ready.remote() for actor in self.actors])
+        try:
+            return ray.get([actor.ready.remote() for actor in self.actors], timeout=START_SECONDS)
+        except GetTimeoutError as error:
+            raise UserError(
+                f"Ray gave no room for {count} workers of half a core each within {START_SECONDS} s; wait until other "
+                "work on the cluster has ended, or ask for less with run.codec_actors and run.workers"
+            ) from error
 
     def free(self, alone: bool) -> Any:
         """A worker that can take a batch (one that must be alone: an idle worker); None when all are busy."""
@@ -250,7 +260,7 @@ class _Run:
                     f"codec {name!r} is another one on a worker ({said[:12]}) than here ({identity[:12]}); "
                     "every machine of the cluster needs the same files"
                 )
-        self.preparers.grow(cores)
+        self.preparers.grow(run.workers or cores)
         self.waiting: deque[list[Job]] = deque()
         self.audio: dict[Any, Any] = {}
         self.prepared: deque[tuple[list[Job], Any]] = deque()

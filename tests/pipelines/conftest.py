@@ -109,6 +109,7 @@ def local_ray(aws: None) -> Any:
 
     from pipelines import cluster
 
+    # room for two drivers with one worker of each kind: this process, and the child of the kill test
     cluster.start(cluster.RunConfig(cores=2, object_store_mb=200))
     yield ray.get_runtime_context().gcs_address
     cluster.stop()

@@ -260,7 +260,7 @@ def child(catalogue: str, out: Path, address: str) -> subprocess.Popen:
     """The command in a process of its own, on the session's Ray."""
     base = ["--codec", "tiny", "--analysis", "builtin", "--buckets", "2", "--rights.today", TODAY]
     shares = ["--splits.train", "0.6", "--splits.valid", "0.2", "--splits.test", "0.2"]
-    more = ["--run.address", address, "--run.codec_actors", "1", "--run.batch", "1"]
+    more = ["--run.address", address, "--run.codec_actors", "1", "--run.workers", "1", "--run.batch", "1"]
     line = [sys.executable, "-m", "pipelines.ingest", "--catalog", catalogue, "--out", str(out), *base, *shares, *more]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -272,7 +272,7 @@ def test_killed_and_started_again_gives_the_same_bytes(local_ray: str, tmp_path:
     assert run(catalogue, tmp_path / "whole") == 0
     killed, work = tmp_path / "killed", tmp_path / "killed/.work"
     process = child(catalogue, killed, local_ray)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while process.poll() is None and time.monotonic() < deadline:
         if work.is_dir() and len(list(work.glob("*.npz"))) >= 4:
             process.send_signal(signal.SIGKILL)
@@ -452,7 +452,7 @@ def test_a_worker_that_dies_costs_one_track(local_ray: str, tmp_path: Path) -> N
     jobs.insert(1, stages.Job("bad", Killing("file", "/x"), "bad"))
     work = Place.at(tmp_path / "work")
     seen = []
-    cluster.process(jobs, what, work, cluster.RunConfig(codec_actors=1), lambda n, s: seen.append(n))
+    cluster.process(jobs, what, work, cluster.RunConfig(codec_actors=1, workers=1), lambda n, s: seen.append(n))
     assert sum(seen) == 4 and stages.kept(work) == {"w0", "w1", "w2", "bad"}
     reject = stages.load(work, "bad").reject
     assert reject is not None and reject.code == "crash"
