@@ -79,7 +79,6 @@ bench: setup ## speed of ingest by stage and of training, as tables (keep the ma
 	$(BIN)/python -m benchmarks.training
 
 music: setup ## HOURS=12 MUSIC=…: render more music of the demo's kind, losslessly (needs fluidsynth and FluidR3_GM)
-	$(PIP) install -q -e '.[demo]'
 	$(BIN)/python -m pipelines.demo.catalogue --hours "$(HOURS)" --out "$(MUSIC)" $(ARGS)
 
 assets: setup ## rebuild everything shipped: audio, codec, tokens, demo model, golden figures (hours; resumable)

@@ -35,7 +35,7 @@ def resolve(extras: list[str]) -> list[str]:
 def main() -> None:
     """Write both locks."""
     core = resolve(["analysis"])
-    everything = resolve(["analysis", "demo", "dev"])
+    everything = resolve(["analysis", "dev"])
     head = "# Written by `make lock` from pyproject.toml; exact versions for Python 3.11 to 3.13.\n"
     (ROOT / "requirements.lock").write_text(head + "\n".join(core) + "\n")
     extra = [line for line in everything if line not in core]
