@@ -10,32 +10,40 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = re.compile(r"^(nvidia-|triton|cuda-)")
 
 
-def resolve(extras: list[str]) -> list[str]:
-    """Pinned lines of the core and `extras`."""
+def resolve(extras: list[str], within: list[str]) -> list[str]:
+    """Pinned lines of the core and `extras`, agreeing with the pins `within`."""
     command = ["uv", "pip", "compile", "--universal", "--python-version", "3.11", "pyproject.toml", "--no-header"]
     command += ["--no-annotate", "--no-emit-index-url", "--no-emit-find-links"]
     command += [word for extra in extras for word in ("--extra", extra)]
-    out = subprocess.run(
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        constraints.write("\n".join(within))
+        constraints.flush()
+        out = _uv([*command, "--constraint", constraints.name])
+    lines = [re.sub(r"^(torch==[\d.]+)\+\w+", r"\1", line) for line in out.splitlines()]
+    return [line for line in lines if line.strip() and not CUDA.match(line)]
+
+
+def _uv(command: list[str]) -> str:
+    return subprocess.run(
         [str(Path(sys.executable).parent / command[0]), *command[1:]],
         cwd=ROOT,
         check=True,
         capture_output=True,
         text=True,
     ).stdout
-    lines = [re.sub(r"^(torch==[\d.]+)\+\w+", r"\1", line) for line in out.splitlines()]
-    return [line for line in lines if line.strip() and not CUDA.match(line)]
 
 
 def main() -> None:
     """Write both locks."""
-    core = resolve(["analysis"])
-    everything = resolve(["analysis", "dev"])
+    everything = resolve(["analysis", "dev"], [])
+    core = resolve(["analysis"], everything)
     head = "# Written by `make lock` from pyproject.toml; exact versions for Python 3.11 to 3.13.\n"
     (ROOT / "requirements.lock").write_text(head + "\n".join(core) + "\n")
     extra = [line for line in everything if line not in core]
