@@ -272,13 +272,15 @@ def test_killed_and_started_again_gives_the_same_bytes(local_ray: str, tmp_path:
     assert run(catalogue, tmp_path / "whole") == 0
     killed, work = tmp_path / "killed", tmp_path / "killed/.work"
     process = child(catalogue, killed, local_ray)
-    deadline = time.monotonic() + 400
-    while process.poll() is None and time.monotonic() < deadline:
-        if work.is_dir() and len(list(work.glob("*.npz"))) >= 4:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.01)
-    assert process.wait() == -signal.SIGKILL
+    try:
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            if work.is_dir() and len(list(work.glob("*.npz"))) >= 4:
+                break
+            time.sleep(0.01)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL, process.communicate()[0]
     done = len(list(work.glob("*.npz")))
     assert 4 <= done < 24 and not (killed / "dataset.json").exists()
     with pytest.raises(UserError, match="no finished data set"):
