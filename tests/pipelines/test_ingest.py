@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,9 @@ from pipelines.shard import ShardSet
 from pipelines.store import Place
 from tests.pipelines.conftest import TODAY, digests, rights, row, tone, wav, write_rows
 
-Ingest = Callable[..., int]
+COMMON = [f"--run.{name}=1" for name in ("codec_actors", "workers")]
+COMMON += ["--codec=tiny", "--analysis=builtin", "--buckets=2", f"--rights.today={TODAY}"]
+COMMON += ["--splits.train=0.6", "--splits.valid=0.2", "--splits.test=0.2"]
 
 
 def rejects(out: Path | str) -> dict[str | None, str]:
@@ -110,21 +111,8 @@ def made(faulty: tuple, local_ray: str, tmp_path_factory: pytest.TempPathFactory
 
 
 def run(catalogue: str, out: Path | str, *more: str) -> int:
-    """The command in this process, with a small random codec and one codec process."""
-    base = [
-        "--codec",
-        "tiny",
-        "--analysis",
-        "builtin",
-        "--buckets",
-        "2",
-        "--rights.today",
-        TODAY,
-        "--run.codec_actors",
-        "1",
-    ]
-    shares = ["--splits.train", "0.6", "--splits.valid", "0.2", "--splits.test", "0.2"]
-    return command.main(["--catalog", catalogue, "--out", str(out), *base, *shares, *more])
+    """The command in this process, with a small random codec and one worker of each kind."""
+    return command.main(["--catalog", catalogue, "--out", str(out), *COMMON, *more])
 
 
 def test_every_fault_has_its_code_and_nothing_is_lost(faulty: tuple, made: Path) -> None:
@@ -258,10 +246,8 @@ def test_a_later_day_turns_a_track_off(local_ray: str, tmp_path: Path) -> None:
 
 def child(catalogue: str, out: Path, address: str) -> subprocess.Popen:
     """The command in a process of its own, on the session's Ray."""
-    base = ["--codec", "tiny", "--analysis", "builtin", "--buckets", "2", "--rights.today", TODAY]
-    shares = ["--splits.train", "0.6", "--splits.valid", "0.2", "--splits.test", "0.2"]
-    more = ["--run.address", address, "--run.codec_actors", "1", "--run.workers", "1", "--run.batch", "1"]
-    line = [sys.executable, "-m", "pipelines.ingest", "--catalog", catalogue, "--out", str(out), *base, *shares, *more]
+    line = [sys.executable, "-m", "pipelines.ingest", "--catalog", catalogue, "--out", str(out), *COMMON]
+    line += ["--run.address", address, "--run.batch", "1"]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
