@@ -92,7 +92,10 @@ def measure_parts(config: BenchConfig, data: str, repeats: int = 5) -> dict[str,
         return result
 
     def columns(batch: Batch) -> Any:
-        return patterns.training_columns(batch.codes.long(), run.lm.special_id, valid=batch.valid, tail=run.lm.tail)
+        lm = run.lm
+        return patterns.training_columns(
+            batch.codes.long(), lm.special_id, valid=batch.valid, pattern=lm.pattern, tail=lm.tail
+        )
 
     def update() -> None:
         optimizer.step()

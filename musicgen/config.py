@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from musicgen import patterns
+
 SCHEMA_VERSION = 1
 
 
@@ -43,7 +45,10 @@ class LMConfig:
         activation: `gelu` (the released weights) or `relu` (the paper's text).
         cross_attention: text enters by cross-attention in every block.
         dropout: residual dropout.
-        tail: `full` trains all T targets of every codebook (T+K-1 columns);
+        pattern: how the codebooks are interleaved, a name of `musicgen.patterns.PATTERNS`: parallel, delay,
+            partial_delay, flattening, partial_flattening, coarse_first, musiclm; over the codebooks of left and
+            right in turn stereo_delay, stereo_partial_delay.
+        tail: `full` trains all T targets of every codebook (delay: T+K-1 columns);
             `reference` keeps T+1 columns and T, T-1, T-2, T-3 targets as audiocraft does.
         condition: the condition encoders.
     """
@@ -57,6 +62,7 @@ class LMConfig:
     activation: Literal["gelu", "relu"] = "gelu"
     cross_attention: bool = True
     dropout: float = 0.0
+    pattern: str = "delay"
     tail: Literal["full", "reference"] = "full"
     condition: ConditionConfig = field(default_factory=ConditionConfig)
 
@@ -65,6 +71,7 @@ class LMConfig:
             raise ValueError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads})")
         if self.dim % 2:
             raise ValueError(f"dim ({self.dim}) must be even for the sinusoidal positions")
+        patterns.check(self.pattern, self.num_codebooks)
 
     @property
     def special_id(self) -> int:

@@ -169,7 +169,7 @@ def generate_codes(
     # Python's integers are unbounded; the address takes their lowest 64 bits.
     address = torch.from_numpy(np.array([s & 0xFFFFFFFFFFFFFFFF for s in seeds], np.uint64).view(np.int64)).to(device)
     unknown = torch.full((batch, books, num_frames), -1, dtype=torch.long, device=device)
-    columns, holds_code = patterns.interleave(unknown, special)
+    columns, holds_code = patterns.interleave(unknown, special, pattern=lm.config.pattern)
     steps = columns.shape[-1] - 1
     cache = lm.start_cache(text, text_mask, steps)
     for step in range(steps):
@@ -181,7 +181,7 @@ def generate_codes(
         columns[..., step + 1] = torch.where(holds_code[:, step + 1], drawn, special)
         if progress is not None:
             progress(step + 1, steps)
-    return patterns.deinterleave(columns)
+    return patterns.deinterleave(columns, pattern=lm.config.pattern)
 
 
 def generate(

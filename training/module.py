@@ -84,11 +84,14 @@ class MusicLMModule(pl.LightningModule):
         config = self.lm.config
         hidden, mask = text if text is not None else self.encoder.encode(batch.texts)
         inputs, targets, scored = patterns.training_columns(
-            batch.codes.long(), config.special_id, valid=batch.valid, tail=config.tail
+            batch.codes.long(), config.special_id, valid=batch.valid, pattern=config.pattern, tail=config.tail
         )
         heads: list[Any] = list(self.lm.linears)
         sums = loss.cross_entropy_sums(self.lm.hidden(inputs, hidden, mask), heads, targets, scored)
-        counts = plan.num_targets(batch.valid_frames, self.crop_frames, config.num_codebooks, config.tail)
+        limits = patterns.scored_frames(
+            self.crop_frames, config.num_codebooks, pattern=config.pattern, tail=config.tail
+        )
+        counts = plan.num_targets(batch.valid_frames, limits)
         return sums, torch.from_numpy(counts).to(sums)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:

@@ -132,16 +132,13 @@ def batch(
     return items[rank * part : (rank + 1) * part], np.array([item.frames for item in items], dtype=np.int64)
 
 
-def num_targets(
-    valid_frames: Sequence[int] | np.ndarray, crop_frames: int, num_codebooks: int, tail: str
-) -> np.ndarray:
+def num_targets(valid_frames: Sequence[int] | np.ndarray, scored_frames: Sequence[int]) -> np.ndarray:
     """Targets per codebook `[K]` of a batch whose items have these valid frames.
 
-    `full` scores every valid code; `reference` loses the last q frames of a crop in codebook q.
+    `scored_frames` `[K]`: how many leading frames of a crop each codebook is scored on (`patterns.scored_frames`).
     """
     valid = np.asarray(valid_frames, dtype=np.int64)
-    limits = [crop_frames - (q if tail == "reference" else 0) for q in range(num_codebooks)]
-    return np.array([np.minimum(valid, max(limit, 0)).sum() for limit in limits], dtype=np.int64)
+    return np.array([np.minimum(valid, limit).sum() for limit in scored_frames], dtype=np.int64)
 
 
 def validation(tracks: Tracks, rule: CropRule, limit: int) -> list[Item]:

@@ -180,7 +180,11 @@ def validation_losses(model: generate.MusicGen, data: ShardSet, config: BatchCon
     for batch in batches:
         hidden, mask = model.text_encoder.encode(batch.texts)
         inputs, targets, scored = patterns.training_columns(
-            batch.codes.long(), lm.config.special_id, valid=batch.valid, tail=lm.config.tail
+            batch.codes.long(),
+            lm.config.special_id,
+            valid=batch.valid,
+            pattern=lm.config.pattern,
+            tail=lm.config.tail,
         )
         heads = cast("list[torch.nn.Linear]", list(lm.linears))
         sums = sums + loss.cross_entropy_sums(lm.hidden(inputs, hidden, mask), heads, targets, scored)

@@ -134,7 +134,9 @@ def check_same_run(folder: Path, stored: dict[str, Any], wanted: dict[str, Any])
             f"{wanted['dataset_version'][:12]}…; a run goes on with the data it began with. Give that data set, or "
             "another RUN to start anew"
         )
-    before, now = _flat(stored["settings"]), _flat(wanted["settings"])
+    # A setting that did not exist when the run began has its default, which is what the run did then.
+    before = _flat(_plain(settings.to_dict(TrainConfig()))) | _flat(stored["settings"])
+    now = _flat(wanted["settings"])
     differing = [
         f"{name}: the run has {before.get(name, '(absent)')!r}, given {now.get(name, '(absent)')!r}"
         for name in sorted({*before, *now})

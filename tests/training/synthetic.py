@@ -37,6 +37,7 @@ def write_dataset(
     size: int = 2048,
     codec: dict[str, Any] | None = None,
     seed: int = 0,
+    books: int = 4,
 ) -> Path:
     """Write a data set of `tracks` tracks, the last `valid` of them in the split `valid`; returns its folder."""
     rng = np.random.default_rng(seed)
@@ -57,7 +58,7 @@ def write_dataset(
                 {"text": f"{text}. bpm: 120.0", "language": "en", "sources": ["description", "bpm"]},
             ],
         }
-        codes = codes_of(style, length, rng, size)
+        codes = codes_of(style, length, rng, size, books)
         records[split].append(shard.make_record(codes, np.full(-(-length // 6), 255), meta))
         rows.append(
             {
@@ -86,7 +87,13 @@ def write_dataset(
     described = {"name": "tiny", "identity": "0" * 64, **(codec or {})}
     info = {
         "schema_version": shard.SCHEMA_VERSION,
-        "codec": {"frame_rate": 50, "num_codebooks": 4, "codebook_size": size, "sample_rate_hz": 32000, **described},
+        "codec": {
+            "frame_rate": 50,
+            "num_codebooks": books,
+            "codebook_size": size,
+            "sample_rate_hz": 32000,
+            **described,
+        },
         "dataset_version": shard.dataset_version(table),
     }
     (Place.at(str(folder)) / "dataset.json").write(shard.json_bytes(info))

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from musicgen import patterns
 from training import plan
 
 
@@ -60,9 +61,10 @@ def test_draws_are_spread_as_stated() -> None:
 
 
 def test_targets_of_both_tails() -> None:
-    assert plan.num_targets([500, 500], 500, 4, "full").tolist() == [1000] * 4
-    assert plan.num_targets([1500], 1500, 4, "reference").tolist() == [1500, 1499, 1498, 1497]
-    assert plan.num_targets([498, 100], 500, 4, "reference").tolist() == [598, 598, 598, 597]
+    full, reference = (patterns.scored_frames(500, 4, tail=tail) for tail in ("full", "reference"))
+    assert plan.num_targets([500, 500], full).tolist() == [1000] * 4
+    assert plan.num_targets([500], reference).tolist() == [500, 499, 498, 497]
+    assert plan.num_targets([498, 100], reference).tolist() == [598, 598, 598, 597]
 
 
 def test_validation_crops_are_fixed_and_cover() -> None:

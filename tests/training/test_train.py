@@ -342,3 +342,14 @@ def test_a_failing_wandb_does_not_stop_the_record(tmp_path: Path) -> None:
     journal.log(2, {"train/loss": 0.5})
     journal.finish()
     assert [r["train/loss"] for r in record.read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 0.5]
+
+
+def test_a_run_of_an_earlier_version_goes_on(data: Path, tmp_path: Path) -> None:
+    run = go(data, tmp_path / "run", "--stop_at", "1")
+    stored = yaml.safe_load((run / "config.yaml").read_text())
+    del stored["settings"]["lm"]["pattern"]  # as a run begun before there were patterns
+    (run / "config.yaml").write_text(yaml.safe_dump(stored))
+    go(data, run, "--stop_at", "2")
+    assert state.steps_in(run / "state")[-1] == 2
+    with pytest.raises(UserError, match=r"lm.pattern: the run has 'delay', given 'parallel'"):
+        go(data, run, "--lm.pattern", "parallel")
