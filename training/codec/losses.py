@@ -5,7 +5,8 @@ optimum under uncertainty is the mean, where that of an L1 is silence, and the s
 the right envelope. Once the quantiser is in, waveforms can no longer be matched at 2 kbit/s and the spectra take over.
 
 The multi-scale mel loss compares log10 mel energies (L1) and linear ones (L1) from 256-sample to 2048-sample windows,
-as in Défossez et al. 2022, section 3.4. Small codecs trained for a short time get the spectral envelope right long
+as in Défossez et al. 2022, section 3.4. Its floor lies at -100 dB, where nobody hears; the log-mel loss asks for what
+`musicgen.metrics.audio.log_mel_distance` measures, mel energies down to -50 dB, at several scales. Small codecs trained for a short time get the spectral envelope right long
 before the pitch; the tonal loss compares linear-frequency magnitudes below 3 kHz in long windows, where neighbouring
 semitones are separate lines; the chroma loss asks directly for the right pitch class.
 """
@@ -31,16 +32,18 @@ class LossConfig:
     Args:
         wave: weight of the waveform's relative error energy.
         mel: weight of the multi-scale mel loss.
+        log_mel: weight of the multi-scale distance of log10 mel energies, floor 1e-5, HTK mels from 64 Hz.
         tonal: weight of the tonal loss.
         chroma: weight of the chroma loss (needs crops of more than half a second).
         commitment: weight of the commitment loss of the quantiser.
-        mel_windows: FFT sizes of the mel scales; the hop is a quarter.
+        mel_windows: FFT sizes of the mel and log-mel scales; the hop is a quarter.
         tonal_windows: FFT sizes of the tonal scales; the hop is a quarter.
         tonal_max_hz: tonal loss looks below this frequency.
     """
 
     wave: float = 0.5
     mel: float = 1.0
+    log_mel: float = 0.0
     tonal: float = 1.0
     chroma: float = 0.0
     commitment: float = 0.5
@@ -67,6 +70,15 @@ def mel_bank(n_fft: int, sample_rate_hz: int, num_mels: int) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+def htk_bank(n_fft: int, sample_rate_hz: int, num_mels: int) -> Tensor:
+    """HTK mel triangles from 64 Hz, not normalised: those of the evaluation, `[num_mels, n_fft // 2 + 1]` float32."""
+    from transformers.audio_utils import mel_filter_bank
+
+    bank = mel_filter_bank(n_fft // 2 + 1, num_mels, 64.0, sample_rate_hz / 2, sample_rate_hz, mel_scale="htk")
+    return torch.from_numpy(np.ascontiguousarray(bank.T, dtype=np.float32))
+
+
+@lru_cache(maxsize=32)
 def _hann(n_fft: int) -> Tensor:
     return torch.hann_window(n_fft)
 
@@ -81,29 +93,47 @@ def spectrum(wave: Tensor, n_fft: int) -> Tensor:
 def reconstruction_losses(
     original: Tensor, decoded: Tensor, config: LossConfig, sample_rate_hz: int
 ) -> dict[str, Tensor]:
-    """Unweighted losses `wave`, `mel`, `tonal` and, where it has a weight, `chroma` between `[B, C, N]`
+    """Unweighted losses `wave`, `mel`, `log_mel`, `tonal` and `chroma`, those with a weight, between `[B, C, N]`
     signals; channels are treated as items."""
     x, y = original.flatten(0, 1), decoded.flatten(0, 1)
-    wave = (x - y).square().mean() / x.square().mean().clamp(min=1e-6)
-    mel = x.new_zeros(())
+    losses = {"wave": (x - y).square().mean() / x.square().mean().clamp(min=1e-6)}
+    if config.mel or config.log_mel:
+        losses |= _mel_losses(x, y, config, sample_rate_hz)
+    if config.tonal:
+        losses["tonal"] = _tonal_loss(x, y, config, sample_rate_hz)
+    if config.chroma:
+        losses["chroma"] = _chroma_loss(x, y, sample_rate_hz)
+    return losses
+
+
+def _mel_losses(x: Tensor, y: Tensor, config: LossConfig, sample_rate_hz: int) -> dict[str, Tensor]:
+    """`mel` and `log_mel`, those with a weight, on the same spectra."""
+    mel, log_mel = x.new_zeros(()), x.new_zeros(())
     for n_fft in config.mel_windows:
         num_mels = min(64, n_fft // 16)
-        bank = mel_bank(n_fft, sample_rate_hz, num_mels).to(x.device)
-        a, b = bank @ spectrum(x, n_fft), bank @ spectrum(y, n_fft)
-        mel = mel + ((a + FLOOR).log10() - (b + FLOOR).log10()).abs().mean()
-        mel = mel + 0.5 * (a - b).abs().mean() / a.mean().clamp(min=1e-4)
-    mel = mel / len(config.mel_windows)
+        of_x, of_y = spectrum(x, n_fft), spectrum(y, n_fft)
+        if config.mel:
+            bank = mel_bank(n_fft, sample_rate_hz, num_mels).to(x.device)
+            a, b = bank @ of_x, bank @ of_y
+            mel = mel + ((a + FLOOR).log10() - (b + FLOOR).log10()).abs().mean()
+            mel = mel + 0.5 * (a - b).abs().mean() / a.mean().clamp(min=1e-4)
+        if config.log_mel:
+            bank = htk_bank(n_fft, sample_rate_hz, num_mels).to(x.device)
+            a, b = bank @ of_x.square(), bank @ of_y.square()
+            log_mel = log_mel + ((a + FLOOR).log10() - (b + FLOOR).log10()).abs().mean()
+    found = {"mel": mel, "log_mel": log_mel}
+    return {name: value / len(config.mel_windows) for name, value in found.items() if getattr(config, name)}
+
+
+def _tonal_loss(x: Tensor, y: Tensor, config: LossConfig, sample_rate_hz: int) -> Tensor:
+    """Magnitudes below `tonal_max_hz` in long windows: their relative L1 and that of their logarithms."""
     tonal = x.new_zeros(())
     for n_fft in config.tonal_windows:
         top = int(config.tonal_max_hz * n_fft / sample_rate_hz)
         a, b = spectrum(x, n_fft)[:, :top], spectrum(y, n_fft)[:, :top]
         tonal = tonal + (a - b).abs().mean() / a.mean().clamp(min=1e-4)
         tonal = tonal + 0.3 * ((a + 1e-3).log10() - (b + 1e-3).log10()).abs().mean()
-    tonal = tonal / max(1, len(config.tonal_windows))
-    losses = {"wave": wave, "mel": mel, "tonal": tonal}
-    if config.chroma:
-        losses["chroma"] = _chroma_loss(x, y, sample_rate_hz)
-    return losses
+    return tonal / max(1, len(config.tonal_windows))
 
 
 def _chroma_loss(x: Tensor, y: Tensor, sample_rate_hz: int) -> Tensor:
