@@ -6,9 +6,10 @@ the right envelope. Once the quantiser is in, waveforms can no longer be matched
 
 The multi-scale mel loss compares log10 mel energies (L1) and linear ones (L1) from 256-sample to 2048-sample windows,
 as in Défossez et al. 2022, section 3.4. Its floor lies at -100 dB, where nobody hears; the log-mel loss asks for what
-`musicgen.metrics.audio.log_mel_distance` measures, mel energies down to -50 dB, at several scales. Small codecs trained for a short time get the spectral envelope right long
-before the pitch; the tonal loss compares linear-frequency magnitudes below 3 kHz in long windows, where neighbouring
-semitones are separate lines; the chroma loss asks directly for the right pitch class.
+`musicgen.metrics.audio.log_mel_distance` measures, mel energies down to -50 dB, at several scales. Small codecs trained
+for a short time get the spectral envelope right long before the pitch; the tonal loss compares linear-frequency
+magnitudes below 3 kHz in long windows, where neighbouring semitones are separate lines; the chroma loss asks directly
+for the right pitch class.
 """
 
 from __future__ import annotations
