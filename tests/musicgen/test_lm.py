@@ -40,11 +40,14 @@ def test_parameter_counts(name: str, expected: int | None) -> None:
         assert 2 * lm.num_parameters() <= 8e6  # the shipped demo model, float16
 
 
-def test_melody_sizes_without_cross_attention() -> None:
+@pytest.mark.parametrize(
+    ("name", "expected"), [("300m", 319_672_320), ("1.5b", 1_385_625_600), ("3.3b", 2_451_480_576)]
+)
+def test_melody_sizes_without_cross_attention(name: str, expected: int) -> None:
+    config = replace(SIZES[name], cross_attention=False, condition=ConditionConfig(melody=True))
     with torch.device("meta"):
-        lm = MusicLM(replace(SIZES["300m"], cross_attention=False, condition=ConditionConfig(text_dim=768)))
-    # 319,672,320 of the reference counts the text and the chroma projection.
-    assert lm.num_parameters() + 13 * 1024 == 319_672_320
+        lm = MusicLM(config)
+    assert lm.num_parameters() == config.num_parameters() == expected
 
 
 def test_names_are_those_of_the_reference() -> None:
@@ -109,14 +112,27 @@ def test_positions_survive_bfloat16() -> None:
     assert hidden.dtype == torch.bfloat16 and torch.isfinite(hidden).all()
 
 
+def melody_config(cross: bool = False, melody: bool = True, null: str = "zeros") -> LMConfig:
+    condition = replace(TINY.condition, melody=melody, chroma_frames=7, null=null)  # type: ignore[arg-type]
+    return replace(TINY, cross_attention=cross, condition=condition)
+
+
+MELODY = torch.tensor([[0, 4, 7, 11, 255], [2, 2, 2, 9, 9], [255] * 5])
+
+
 @pytest.mark.parametrize("cross", [True, False])
-def test_step_equals_forward(cross: bool) -> None:
-    lm = tiny(replace(TINY, cross_attention=cross))
+@pytest.mark.parametrize("melody", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_step_equals_forward(cross: bool, melody: bool, padded: bool) -> None:
+    lm = tiny(melody_config(cross, melody))
     tokens, text, mask = inputs()
-    mask[1, 3:] = False
-    mask[2] = False
-    whole = lm(tokens, text, mask)
-    cache = lm.start_cache(text, mask, max_steps=tokens.shape[-1])
+    chroma = MELODY if melody else None
+    if padded:
+        mask[0, 5:] = False  # the last place is nobody's
+        mask[1, 3:] = False
+        mask[2] = False
+    whole = lm(tokens, text, mask, chroma)
+    cache = lm.start_cache(text, mask, tokens.shape[-1], chroma)
     steps = torch.stack([lm.step(tokens[..., s], cache) for s in range(tokens.shape[-1])], dim=2)
     torch.testing.assert_close(steps, whole, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="max_steps"):
@@ -142,6 +158,67 @@ def test_text_changes_the_logits_and_padding_does_not() -> None:
     torch.testing.assert_close(lm(tokens, padded, wider), base, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("melody", [True, False])
+def test_a_prefix_does_not_depend_on_padding(melody: bool) -> None:
+    lm = tiny(melody_config(melody=melody))
+    tokens, text, mask = inputs()
+    chroma = MELODY if melody else None
+    mask[1, 2:] = False
+    mask[2] = False
+    base = lm(tokens, text, mask, chroma)
+    padded = torch.cat([text, torch.randn(3, 4, 20)], dim=1)
+    wider = torch.cat([mask, torch.zeros(3, 4, dtype=torch.bool)], dim=1)
+    torch.testing.assert_close(lm(tokens, padded, wider, chroma), base, atol=1e-5, rtol=1e-5)
+    alone = lm(tokens[1:2], text[1:2, :2], mask[1:2, :2], None if chroma is None else chroma[1:2])
+    torch.testing.assert_close(alone[0], base[1], atol=1e-5, rtol=1e-5)
+
+
+def test_the_prefix_is_heard_and_the_future_is_not() -> None:
+    lm = tiny(melody_config())
+    tokens, text, mask = inputs()
+    base = lm(tokens, text, mask, MELODY)
+    assert ((lm(tokens, text + 0.5, mask, MELODY) - base).abs().amax(dim=(1, 2, 3)) > 1e-3).all()
+    other = MELODY.clone()
+    other[:, 4] = 5
+    assert ((lm(tokens, text, mask, other) - base).abs().amax(dim=(1, 2, 3)) > 1e-4).all()
+    later = tokens.clone()
+    later[..., 6:] = (later[..., 6:] + 1) % 64
+    torch.testing.assert_close(lm(later, text, mask, MELODY)[..., :6, :], base[..., :6, :])
+    with_cross = tiny(melody_config(cross=True))
+    heard = with_cross(tokens, text, mask, MELODY) - with_cross(tokens, text, mask, other)
+    assert (heard.abs().amax(dim=(1, 2, 3)) > 1e-4).all()
+
+
+def test_a_melody_is_repeated_or_cut_to_its_frames() -> None:
+    lm = tiny(melody_config())
+    tokens, text, mask = inputs()
+    base = lm(tokens, text, mask, MELODY)
+    repeated = torch.cat([MELODY, MELODY[:, :2]], dim=1)
+    assert torch.equal(lm(tokens, text, mask, repeated), base)
+    assert torch.equal(lm(tokens, text, mask, torch.cat([repeated, MELODY], dim=1)), base)
+
+
+@pytest.mark.parametrize(("null", "bin_"), [("zeros", None), ("released", 0)])
+def test_a_missing_melody(null: str, bin_: int | None) -> None:
+    lm = tiny(melody_config(null=null))
+    tokens, text, mask = inputs()
+    missing = lm(tokens, text, mask)
+    assert torch.equal(missing, lm(tokens, text, mask, torch.full((3, 2), 255)))
+    as_c = lm(tokens, text, mask, torch.zeros(3, 1))
+    assert torch.equal(missing, as_c) == (bin_ == 0)
+    mask[1] = False
+    places = lm.null_places(torch.tensor([[True, True, False]]))
+    assert places.tolist() == ([[True, True, False]] if null == "released" else [[True, False, False]])
+    # A null text is one zero unless its places are given: zeros as long as the prompt are something else.
+    one = torch.zeros(1, 6, dtype=torch.bool)
+    one[0, 0] = True
+    null_row = (tokens[1:2], text[1:2], mask[1:2], None)
+    assert torch.equal(lm(*null_row), lm(*null_row, one))
+    assert not torch.allclose(lm(*null_row), lm(*null_row, torch.ones(1, 6, dtype=torch.bool)))
+    with pytest.raises(ValueError, match="no melody input"):
+        tiny()(tokens, text, mask, MELODY)
+
+
 def test_null_condition_is_exactly_zero() -> None:
     lm = tiny()
     tokens, text, mask = inputs()
@@ -157,11 +234,12 @@ def test_null_condition_is_exactly_zero() -> None:
     torch.testing.assert_close(nothing[0], lm(tokens, text, mask)[1], atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_are_finite_with_null_rows() -> None:
-    lm = tiny()
+@pytest.mark.parametrize("config", [TINY, melody_config()])
+def test_gradients_are_finite_with_null_rows(config: LMConfig) -> None:
+    lm = tiny(config)
     tokens, text, mask = inputs()
     mask[0] = False
-    lm(tokens, text, mask).square().mean().backward()
+    lm(tokens, text, mask, MELODY if config.condition.melody else None).square().mean().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in lm.parameters())
 
 
