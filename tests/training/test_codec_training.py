@@ -11,11 +11,14 @@ import torch
 
 from musicgen import codec as codecs
 from musicgen.errors import UserError
-from training.codec import data, quantiser, train
+from training.codec import data, initial, quantiser, train
+from training.codec.initial import start_from
+from training.codec.module import CodecModule, CodecTrainConfig
 from training.codec.quantiser import QuantiserConfig
 
 SMALL = ["--batch_size", "2", "--crop_seconds", "0.5", "--warmup_steps", "3", "--quantiser.kmeans_latents", "2100"]
 SMALL += ["--quantiser.kmeans_iterations", "2", "--validation_tracks", "1", "--threads", "1"]
+SMALL_CRITIC = ["--discriminator.windows", "[256, 512]", "--discriminator.filters", "2", "--adversarial_ramp", "2"]
 
 
 def melody(seed: int, seconds: float = 4.0) -> np.ndarray:
@@ -92,32 +95,119 @@ def test_crops_are_addressed(cache: Path) -> None:
     assert np.array_equal(four, np.concatenate(halves)), "one rank with four crops sees what two ranks with two see"
 
 
-def test_trains_resumes_and_exports(cache: Path, tmp_path: Path) -> None:
-    argv = ["--data", str(cache), *SMALL, "--steps", "12", "--cooldown_steps", "4", "--validate_every", "6"]
-    assert train.main([*argv, "--run", str(tmp_path / "whole")]) == 0
-    lines = [json.loads(x) for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert {"valid/log_mel", "valid/chroma", "valid/used_4"} <= set(lines[-1])
-    codec = codecs.load(tmp_path / "whole" / "release")
-    assert codec.encode(torch.from_numpy(melody(3))[None]).shape == (1, 4, 200)
+class Killed(Exception):
+    """A run that stops in the middle."""
 
-    class Killed(Exception):
-        pass
 
+def stop_after_first_validation(argv: list[str]) -> None:
+    """Run until the first state is on the disk, then die."""
     real = train.Watch._validate
 
-    def stop_after_first(self: train.Watch, trainer: object, module: object, step: int) -> None:
+    def validate_and_die(self: train.Watch, trainer: object, module: object, step: int) -> None:
         real(self, trainer, module, step)
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.Watch, "_validate", stop_after_first)
-        train.main([*argv, "--run", str(tmp_path / "cut")])
+        patch.setattr(train.Watch, "_validate", validate_and_die)
+        train.main(argv)
+
+
+def state(run: Path) -> dict:
+    """The last state of a run, read as data."""
+    return torch.load(run / "state" / "last.ckpt", weights_only=True)
+
+
+def flat(tree: object, path: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor and number of a state, by path."""
+    if isinstance(tree, dict | list | tuple):
+        pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {k: v for key, value in pairs for k, v in flat(value, f"{path}/{key}").items()}
+    return {path: torch.as_tensor(tree)} if isinstance(tree, torch.Tensor | int | float) else {}
+
+
+def test_trains_resumes_and_exports(cache: Path, tmp_path: Path) -> None:
+    """With the discriminator from the middle of the first half on, every other step."""
+    argv = ["--data", str(cache), *SMALL, *SMALL_CRITIC, "--steps", "12", "--cooldown_steps", "4"]
+    argv += ["--validate_every", "6", "--adversarial_start", "4", "--discriminator.every", "2"]
+    assert train.main([*argv, "--run", str(tmp_path / "whole")]) == 0
+    lines = [json.loads(x) for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert {"valid/log_mel", "valid/chroma", "valid/used_4"} <= set(lines[-1])
+    shares = {k: v for k, v in lines[-2].items() if k.startswith("share/")}
+    assert shares.keys() == {"share/wave", "share/mel", "share/tonal", "share/adversarial", "share/feature"}
+    assert sum(shares.values()) == pytest.approx(1.0)
+    codec = codecs.load(tmp_path / "whole" / "release")
+    assert codec.encode(torch.from_numpy(melody(3))[None]).shape == (1, 4, 200)
+
+    stop_after_first_validation([*argv, "--run", str(tmp_path / "cut")])
     assert train.main([*argv, "--run", str(tmp_path / "cut")]) == 0
-    a, b = (
-        torch.load(tmp_path / name / "state" / "last.ckpt", weights_only=False)["state_dict"]
-        for name in ("whole", "cut")
-    )
-    assert all(torch.equal(a[k], b[k]) for k in a), "6 steps, stopped, 6 more = 12 at once, bit for bit"
+    kept = ("state_dict", "optimizer_states", "lr_schedulers", "ema", "balancer", "global_step")
+    a, b = (flat({k: state(tmp_path / name)[k] for k in kept}) for name in ("whole", "cut"))
+    assert a.keys() == b.keys() and any("/optimizer_states/1/" in k for k in a)
+    other = [k for k in a if not torch.equal(a[k], b[k])]
+    assert not other, "6 steps, stopped, 6 more = 12 at once, bit for bit"
+
+
+def test_starts_from_another_run(cache: Path, tmp_path: Path) -> None:
+    """A codec trained with reconstruction losses goes on with the discriminator, from its state or its release."""
+    first = ["--data", str(cache), *SMALL, "--steps", "6", "--validate_every", "6", "--cooldown_steps", "1"]
+    assert train.main([*first, "--run", str(tmp_path / "first")]) == 0
+    before = state(tmp_path / "first")
+    more = ["--data", str(cache), *SMALL, *SMALL_CRITIC, "--warmup_steps", "0", "--adversarial_start", "0"]
+    more += ["--seed", "1"]
+    config = train_config([*more, "--steps", "3"])
+    module = CodecModule(config, [])
+    start_from(module, str(tmp_path / "first"))
+    module.configure_optimizers()
+    name = "network.quantizer.layers.1.codebook.embed_avg"
+    assert torch.equal(module.state_dict()[name], before["state_dict"][name])
+    assert all(torch.equal(a, b) for a, b in zip(module.ema, before["ema"], strict=True))
+    adam = module.configure_optimizers()[0][0].state_dict()
+    assert torch.equal(adam["state"][3]["exp_avg"], before["optimizer_states"][0]["state"][3]["exp_avg"])
+
+    fresh = CodecModule(config, []).state_dict()
+    for source in ("first/state/last.ckpt", "first/release"):
+        run = tmp_path / source.replace("/", "-")
+        assert train.main([*more, "--steps", "3", "--init", str(tmp_path / source), "--run", str(run)]) == 0
+        after = state(run)["state_dict"]
+        for name in ("encoder.layers.3.conv.parametrizations.weight.original1", "decoder.layers.0.conv.bias"):
+            then, now, other = (s["network." + name] for s in (before["state_dict"], after, fresh))
+            assert 0 < (now - then).norm() < 0.5 * (other - then).norm(), "went on from there, not from scratch"
+
+
+def test_sums_of_a_release_are_rebuilt() -> None:
+    """Releases lack the running sums: an entry must stay where it is as long as the latents stay the same."""
+    torch.manual_seed(0)
+    books, config = quantizer(), QuantiserConfig()
+    latents = torch.randn(8, 8, 500)
+    vectors = latents.permute(0, 2, 1).reshape(-1, 8)
+    quantiser.initialise(books, vectors, config, seed=0)
+    wanted = [layer.codebook.embed.clone() for layer in books.layers]
+    for layer in books.layers:
+        layer.codebook.embed_avg.zero_()
+        layer.codebook.cluster_size.zero_()
+    initial.rebuild_sums(books, vectors)
+    result = quantiser.quantise(books, latents, config, train=True)
+    assert sum(result.revived) <= 2
+    for layer, entries in zip(books.layers, wanted, strict=True):
+        moved = (layer.codebook.embed - entries).norm(dim=1) / entries.norm(dim=1)
+        assert (moved < 0.02).float().mean() > 0.95
+
+
+def test_start_of_another_shape_is_refused(tmp_path: Path) -> None:
+    module = CodecModule(train_config([]), [])
+    with pytest.raises(UserError, match="holds no codec"):
+        start_from(module, str(tmp_path))
+    small = codecs.CodecConfig(num_filters=4, hidden_size=16, ratios=(4, 4, 5, 8), codebook_size=256)
+    codecs.save(codecs.build(small), tmp_path / "small")
+    with pytest.raises(UserError, match=r"4 codebooks of 256 entries × 16 numbers; .* needs 4 codebooks of 2048"):
+        start_from(module, str(tmp_path / "small"))
+    slim = codecs.CodecConfig(num_filters=4, hidden_size=64, ratios=(4, 4, 5, 8), num_lstm_layers=1)
+    codecs.save(codecs.build(slim), tmp_path / "slim")
+    with pytest.raises(UserError, match=r"codec of another shape: decoder"):
+        start_from(module, str(tmp_path / "slim"))
+    (tmp_path / "last.ckpt").write_bytes(b"no state")
+    with pytest.raises(UserError, match="is not the state of a codec run"):
+        start_from(module, str(tmp_path / "last.ckpt"))
 
 
 def test_bad_input(tmp_path: Path, cache: Path) -> None:
@@ -133,9 +223,8 @@ def test_bad_input(tmp_path: Path, cache: Path) -> None:
         train._keep_config(tmp_path, train_config([*run, "--lr", "0.5"]))
 
 
-def train_config(argv: list[str]) -> object:
+def train_config(argv: list[str]) -> CodecTrainConfig:
     """Parsed settings."""
     from musicgen import settings
-    from training.codec.module import CodecTrainConfig
 
     return settings.parse(CodecTrainConfig, argv)

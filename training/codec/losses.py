@@ -9,17 +9,19 @@ as in Défossez et al. 2022, section 3.4. Its floor lies at -100 dB, where nobod
 `musicgen.metrics.audio.log_mel_distance` measures, mel energies down to -50 dB, at several scales. Small codecs trained
 for a short time get the spectral envelope right long before the pitch; the tonal loss compares linear-frequency
 magnitudes below 3 kHz in long windows, where neighbouring semitones are separate lines; the chroma loss asks directly
-for the right pitch class.
+for the right pitch class. `msspec` and `l1` are the reference's own mel and waveform losses, for the paper's size.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from musicgen.chroma import chroma_energy
 
@@ -28,25 +30,35 @@ FLOOR = 1e-5
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights and scales of the reconstruction losses.
+    """Weights and scales of the losses; a loss of weight 0 is not computed.
 
     Args:
+        balance: weights are shares of the gradient (see `training.codec.balancer`); else plain factors.
         wave: weight of the waveform's relative error energy.
         mel: weight of the multi-scale mel loss.
         log_mel: weight of the multi-scale distance of log10 mel energies, floor 1e-5, HTK mels from 64 Hz.
         tonal: weight of the tonal loss.
         chroma: weight of the chroma loss (needs crops of more than half a second).
-        commitment: weight of the commitment loss of the quantiser.
+        l1: weight of the waveform's mean absolute error.
+        msspec: weight of the reference's multi-scale mel loss.
+        adversarial: weight of the adversarial loss, where there is a discriminator.
+        feature: weight of its feature matching.
+        commitment: weight of the commitment loss of the quantiser, a plain factor always.
         mel_windows: FFT sizes of the mel and log-mel scales; the hop is a quarter.
         tonal_windows: FFT sizes of the tonal scales; the hop is a quarter.
         tonal_max_hz: tonal loss looks below this frequency.
     """
 
+    balance: bool = False
     wave: float = 0.5
     mel: float = 1.0
     log_mel: float = 0.0
     tonal: float = 1.0
     chroma: float = 0.0
+    l1: float = 0.0
+    msspec: float = 0.0
+    adversarial: float = 0.0
+    feature: float = 0.0
     commitment: float = 0.5
     mel_windows: tuple[int, ...] = (256, 512, 1024, 2048)
     tonal_windows: tuple[int, ...] = (4096, 8192)
@@ -75,7 +87,9 @@ def htk_bank(n_fft: int, sample_rate_hz: int, num_mels: int) -> Tensor:
     """HTK mel triangles from 64 Hz, not normalised: those of the evaluation, `[num_mels, n_fft // 2 + 1]` float32."""
     from transformers.audio_utils import mel_filter_bank
 
-    bank = mel_filter_bank(n_fft // 2 + 1, num_mels, 64.0, sample_rate_hz / 2, sample_rate_hz, mel_scale="htk")
+    with warnings.catch_warnings():  # in short windows some of the reference's 64 filters lie between two bins
+        warnings.simplefilter("ignore")
+        bank = mel_filter_bank(n_fft // 2 + 1, num_mels, 64.0, sample_rate_hz / 2, sample_rate_hz, mel_scale="htk")
     return torch.from_numpy(np.ascontiguousarray(bank.T, dtype=np.float32))
 
 
@@ -94,16 +108,21 @@ def spectrum(wave: Tensor, n_fft: int) -> Tensor:
 def reconstruction_losses(
     original: Tensor, decoded: Tensor, config: LossConfig, sample_rate_hz: int
 ) -> dict[str, Tensor]:
-    """Unweighted losses `wave`, `mel`, `log_mel`, `tonal` and `chroma`, those with a weight, between `[B, C, N]`
-    signals; channels are treated as items."""
+    """Unweighted losses, those with a weight, between `[B, C, N]` signals; channels are treated as items."""
     x, y = original.flatten(0, 1), decoded.flatten(0, 1)
-    losses = {"wave": (x - y).square().mean() / x.square().mean().clamp(min=1e-6)}
+    losses: dict[str, Tensor] = {}
+    if config.wave:
+        losses["wave"] = (x - y).square().mean() / x.square().mean().clamp(min=1e-6)
+    if config.l1:
+        losses["l1"] = F.l1_loss(y, x)
     if config.mel or config.log_mel:
         losses |= _mel_losses(x, y, config, sample_rate_hz)
     if config.tonal:
         losses["tonal"] = _tonal_loss(x, y, config, sample_rate_hz)
     if config.chroma:
         losses["chroma"] = _chroma_loss(x, y, sample_rate_hz)
+    if config.msspec:
+        losses["msspec"] = msspec_loss(x, y, sample_rate_hz)
     return losses
 
 
@@ -146,3 +165,27 @@ def _chroma_loss(x: Tensor, y: Tensor, sample_rate_hz: int) -> Tensor:
     entropy = -(wanted * wanted.clamp(min=1e-8).log()).sum(1)
     sounding = (energy.sum(1) > 1e-4).float()
     return ((-(wanted * got).sum(1) - entropy) * sounding).sum() / sounding.sum().clamp(min=1)
+
+
+MSSPEC_WINDOWS = (64, 128, 256, 512, 1024)
+
+
+def power_mel(wave: Tensor, n_fft: int, sample_rate_hz: int) -> Tensor:
+    """Mel powers of `wave [B, N]` as the reference takes them: `[B, 64, ceil(N / hop)]`, Hann window of unit energy,
+    hop a quarter, reflected by three eighths of the window on each side."""
+    hop = n_fft // 4
+    missing = -wave.shape[1] % hop
+    wave = F.pad(F.pad(wave[:, None], ((n_fft - hop) // 2,) * 2, "reflect"), (0, missing))[:, 0]
+    window = _hann(n_fft).to(wave.device)
+    bins = torch.stft(wave, n_fft, hop, window=window, center=False, return_complex=True)
+    bank = htk_bank(n_fft, sample_rate_hz, 64).to(wave.device)
+    return bank @ (bins.real.square() + bins.imag.square()) / window.square().sum()
+
+
+def msspec_loss(x: Tensor, y: Tensor, sample_rate_hz: int) -> Tensor:
+    """The reference's multi-scale mel loss of `[B, N]`: per scale L1 of mel powers plus MSE of their log10, over 10."""
+    total = x.new_zeros(())
+    for n_fft in MSSPEC_WINDOWS:
+        a, b = power_mel(x, n_fft, sample_rate_hz), power_mel(y, n_fft, sample_rate_hz)
+        total = total + F.l1_loss(b, a) + F.mse_loss((b + FLOOR).log10(), (a + FLOOR).log10())
+    return total / (2 * len(MSSPEC_WINDOWS))

@@ -56,7 +56,7 @@ def _sum_over_ranks(*tensors: Tensor) -> None:
             dist.all_reduce(tensor)
 
 
-def _nearest(vectors: Tensor, entries: Tensor) -> Tensor:
+def nearest(vectors: Tensor, entries: Tensor) -> Tensor:
     """Index of the Euclidean-nearest entry `[V, H]` for each vector `[N, H]`: int64 `[N]`."""
     return (vectors @ entries.t()).mul_(2).sub_(entries.square().sum(1)).argmax(1)
 
@@ -69,7 +69,7 @@ def kmeans(vectors: Tensor, num_entries: int, iterations: int, generator: torch.
     centres = vectors[pick].clone()
     counts = torch.zeros(num_entries, device=vectors.device)
     for _ in range(iterations):
-        chosen = _nearest(vectors, centres)
+        chosen = nearest(vectors, centres)
         counts = torch.bincount(chosen, minlength=num_entries).float()
         sums = torch.zeros_like(centres).index_add_(0, chosen, vectors)
         centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centres)
@@ -91,7 +91,7 @@ def initialise(quantizer: Any, latents: Tensor, config: QuantiserConfig, seed: i
         book.embed.copy_(centres)
         book.cluster_size.copy_(counts / mean_count)
         book.embed_avg.copy_(centres * book.cluster_size[:, None])
-        residual = residual - centres[_nearest(residual, centres)]
+        residual = residual - centres[nearest(residual, centres)]
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def quantise(quantizer: Any, latents: Tensor, config: QuantiserConfig, *, train:
         codes, revived = [], []
         for level, layer in enumerate(quantizer.layers):
             book = layer.codebook
-            chosen = _nearest(residual, book.embed)
+            chosen = nearest(residual, book.embed)
             vectors = F.embedding(chosen, book.embed)
             commitment = commitment + F.mse_loss(remaining, vectors)
             codes.append(chosen.view(batch, frames))

@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
 
     from musicgen import codec as codecs
     from training.codec import data
+    from training.codec.initial import start_from
     from training.codec.module import CodecModule, CodecTrainConfig
 
     warnings.filterwarnings("ignore", module="pytorch_lightning")
@@ -66,13 +67,15 @@ def main(argv: list[str]) -> int:
     )
     last = run / "state" / "last.ckpt"
     if last.is_file():
-        stream.first_step = torch.load(last, map_location="cpu", weights_only=False)["global_step"]
+        stream.first_step = torch.load(last, map_location="cpu", weights_only=True)["global_step"]
         print(f"resuming at step {stream.first_step}", flush=True)
+    elif config.init:
+        print(f"starting from {start_from(module, config.init)}", flush=True)
     logger = record.wandb_logger(run, _run_id(run), settings.to_dict(config))
     watch = Watch(record.Record(run, stream.first_step, logger), config)
     trainer = pl.Trainer(
         max_steps=config.steps, max_epochs=-1, accelerator="auto", devices=1, logger=False, enable_checkpointing=False,
-        gradient_clip_val=config.clip, enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0,
+        enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0,
         callbacks=[watch],
     )  # fmt: skip
     finished = 1
@@ -81,7 +84,7 @@ def main(argv: list[str]) -> int:
             module,
             DataLoader(stream, batch_size=None),
             ckpt_path=str(last) if last.is_file() else None,
-            weights_only=False,
+            weights_only=True,
         )
         finished = 0
     finally:
@@ -150,7 +153,7 @@ class Watch(_callback_base()):  # type: ignore[misc]
             seconds = time.monotonic() - self.began
             rate = (step - self.begin_step) * self.config.batch_size * self.config.crop_seconds / seconds
             self.record.log(step, {"train/audio_seconds_per_second": rate, **module.record})
-            mel = module.record.get("train/mel", float("nan"))
+            mel = module.record.get("train/mel", module.record.get("train/msspec", float("nan")))
             self.bar.update(self.task, description=f"mel {mel:.3f}, {rate:.1f} audio-s/s")
         if step > self.config.warmup_steps and (step % self.config.validate_every == 0 or step == self.config.steps):
             self._validate(trainer, module, step)
