@@ -161,7 +161,7 @@ class Validation(EachStep):
         record: where results go, None on ranks other than 0.
         batches: this rank's validation batches; empty when the data set has none.
         every: steps between two validations.
-        unigram: smoothed unigram entropy of the tokens, mean over codebooks, in nats.
+        unigram: loss of a unigram model on the same crops, mean over codebooks, in nats.
         release: writes the release folder from the module (averaged weights in place) and a validation loss.
     """
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from musicgen.conditioning import drop_words
 from musicgen.errors import UserError
 from pipelines.shard import ShardSet
-from training import plan
+from training import loss, plan
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class BatchConfig:
         size: items of the global batch, over all ranks and accumulated parts.
         accumulate: parts into which a rank's share of the batch is split to save memory.
         min_segment_ratio: least share of a crop inside its track.
+        tail_seconds: last seconds of a track that crops leave out (see `plan.CropRule`).
         sample_by: `tracks` draws each track alike (the reference), `seconds` each second of audio alike.
         condition_dropout: probability per item of training without its condition (needed for guidance).
         word_dropout: probability per word of a training caption of being dropped.
@@ -43,6 +44,7 @@ class BatchConfig:
     size: int = 192
     accumulate: int = 1
     min_segment_ratio: float = 0.8
+    tail_seconds: float = 0.0
     sample_by: Literal["tracks", "seconds"] = "tracks"
     condition_dropout: float = 0.2
     word_dropout: float = 0.3
@@ -59,6 +61,8 @@ class BatchConfig:
         for name in ("condition_dropout", "word_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"batch.{name} is {getattr(self, name)}; it must be in [0, 1]")
+        if not 0 <= self.tail_seconds <= 60:
+            raise ValueError(f"batch.tail_seconds is {self.tail_seconds}; it must be 0 to 60 seconds")
         if not 0 < self.min_segment_ratio <= 1:
             raise ValueError(f"batch.min_segment_ratio is {self.min_segment_ratio}; it must be above 0 and at most 1")
 
@@ -105,8 +109,13 @@ def tracks_of(shards: ShardSet, split: str) -> plan.Tracks:
 
 def crop_rule(config: BatchConfig, frame_rate: float) -> plan.CropRule:
     """The plan's rule for these settings at the codec's frame rate."""
-    frames = round(config.crop_seconds * frame_rate)
-    return plan.CropRule(frames, config.min_segment_ratio, config.sample_by, config.condition_dropout)
+    return plan.CropRule(
+        frames=round(config.crop_seconds * frame_rate),
+        min_segment_ratio=config.min_segment_ratio,
+        tail_frames=round(config.tail_seconds * frame_rate),
+        sample_by=config.sample_by,
+        condition_dropout=config.condition_dropout,
+    )
 
 
 def training_text(meta: dict[str, Any], item: plan.Item, word_dropout: float) -> str | None:
@@ -206,6 +215,27 @@ def validation_batches(shards: ShardSet, config: BatchConfig, *, rank: int = 0, 
     items = plan.validation(tracks_of(shards, "valid"), rule, config.valid_crops)[rank::world]
     parts = [items[i : i + config.valid_batch] for i in range(0, len(items), config.valid_batch)]
     return [collate(shards, part, [raw_text(shards.meta(i.row)) for i in part], rule.frames) for part in parts]
+
+
+def unigram_loss(shards: ShardSet, config: BatchConfig, at_most: int = 3000) -> np.ndarray:
+    """The line that a validation loss is read against, nats `[K]`: a unigram model on the same validation crops.
+
+    It has counted the codes of (an even selection of `at_most`) training tracks. Without validation tracks it is
+    scored on what it has counted: the unigram entropy of the training tokens.
+    """
+    codec = shards.info["codec"]
+    rows = tracks_of(shards, "train").rows
+    if len(rows) > at_most:
+        rows = rows[np.linspace(0, len(rows) - 1, at_most).astype(int)]
+    shape = codec["num_codebooks"], codec["codebook_size"]
+    known = loss.token_counts((shards.codes(int(row)) for row in rows), *shape)
+    crops = (
+        codes[:, : int(valid.sum())].numpy()
+        for batch in validation_batches(shards, config)
+        for codes, valid in zip(batch.codes, batch.valid)
+    )
+    scored = loss.token_counts(crops, *shape)
+    return loss.unigram_loss(known, scored if scored.any() else known)
 
 
 def check(shards: ShardSet, config: BatchConfig, *, world: int, num_codebooks: int, codebook_size: int) -> None:

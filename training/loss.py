@@ -100,10 +100,13 @@ def token_counts(codes: Iterable[np.ndarray], num_codebooks: int, codebook_size:
     return counts
 
 
-def unigram_entropy(counts: np.ndarray) -> np.ndarray:
-    """Entropy in nats `[K]` of each codebook's code frequencies with add-one smoothing, from counts `[K, V]`.
+def unigram_loss(known: np.ndarray, scored: np.ndarray) -> np.ndarray:
+    """Loss in nats `[K]` of a model that knows how common each code is and nothing else.
 
-    This is the loss of a model that knows how common each code is and nothing else.
+    Args:
+        known: counts `[K, V]` of the codes it has seen; one is added to each (smoothing).
+        scored: counts `[K, V]` of the codes it is scored on. With `known` itself this is the unigram entropy.
     """
-    p = (counts + 1) / (counts + 1).sum(axis=1, keepdims=True)
-    return -(p * np.log(p)).sum(axis=1)
+    p = (known + 1) / (known + 1).sum(axis=1, keepdims=True)
+    q = scored / scored.sum(axis=1, keepdims=True).clip(min=1)
+    return -(q * np.log(p)).sum(axis=1)

@@ -45,12 +45,15 @@ class CropRule:
     Args:
         frames: length of a crop, T.
         min_segment_ratio: least share of a crop that lies inside its track (where the track is long enough).
+        tail_frames: last frames of a track that crops leave out, where the track is long enough: a small model that
+            hears many endings learns to fall silent.
         sample_by: `tracks` draws each track alike (the reference), `seconds` each second of audio alike.
         condition_dropout: probability that an item loses its condition.
     """
 
     frames: int
     min_segment_ratio: float = 0.8
+    tail_frames: int = 0
     sample_by: Literal["tracks", "seconds"] = "tracks"
     condition_dropout: float = 0.2
 
@@ -78,10 +81,19 @@ class Item:
     words: tuple[int, ...]
 
 
+def _least(rule: CropRule) -> int:
+    """Frames of a crop that lie inside its track at least."""
+    return math.ceil(rule.min_segment_ratio * rule.frames)
+
+
+def drawn_frames(track_frames: int, rule: CropRule) -> int:
+    """Frames of a track that crops are drawn from: all but its tail, never less than a crop's least part."""
+    return max(track_frames - rule.tail_frames, min(track_frames, _least(rule)))
+
+
 def num_starts(track_frames: int, rule: CropRule) -> int:
     """How many places on the grid a crop of this track may start at; 1 for a track shorter than a crop's least part."""
-    least = math.ceil(rule.min_segment_ratio * rule.frames)
-    return max(track_frames - least, 0) // GRID_FRAMES + 1
+    return max(drawn_frames(track_frames, rule) - _least(rule), 0) // GRID_FRAMES + 1
 
 
 def _cumulative(tracks: Tracks, rule: CropRule) -> np.ndarray:
@@ -95,6 +107,7 @@ def draw(tracks: Tracks, rule: CropRule, step: int, seed: int, index: int, cumul
     track = min(int(np.searchsorted(cumulative, track_at, side="right")), len(tracks) - 1)
     total = int(tracks.frames[track])
     start = GRID_FRAMES * int(start_at * num_starts(total, rule))
+    total = drawn_frames(total, rule)
     return Item(
         step=step,
         index=index,
@@ -146,7 +159,7 @@ def validation(tracks: Tracks, rule: CropRule, limit: int) -> list[Item]:
 
     The last crop of a track may be short by the rule's ratio; a track shorter than that gives one short crop.
     """
-    least = math.ceil(rule.min_segment_ratio * rule.frames)
+    least = _least(rule)
     places: list[tuple[int, int, int]] = []
     for row, total in zip(tracks.rows.tolist(), tracks.frames.tolist()):
         starts = [s for s in range(0, max(total, 1), rule.frames) if s == 0 or total - s >= least]

@@ -3,8 +3,8 @@
     python -m training.report --folder runs/demo
 
 Beside each other, for the same prompts and seeds: the model just trained, the shipped model that trained longer, the
-codec's ceiling and the originals, each with its spectrogram; then the curves of every codebook against the unigram
-entropy of the tokens and the shipped model's losses on the same crops; then data card, licences, marking and timings.
+codec's ceiling and the originals, each with its spectrogram; then the curves of every codebook against a unigram
+model and the shipped model's losses on the same crops; then data card, licences, marking and timings.
 The page holds everything (no outside address, works from file://); the marked WAV files lie beside it.
 """
 
@@ -30,7 +30,7 @@ from musicgen.errors import UserError
 from musicgen.sampling import SamplingConfig
 from pipelines.shard import ShardSet
 from training import listening, loss, page
-from training.data import BatchConfig, validation_batches
+from training.data import BatchConfig, unigram_loss, validation_batches
 from training.record import read_metrics
 
 LOWEST_HZ, HIGHEST_HZ, ROWS = 60.0, 16000.0, 144
@@ -219,12 +219,12 @@ def learning(run: Path, data: ShardSet, shipped: generate.MusicGen | None) -> Le
             -1, 1 + books
         )
 
-    counts = loss.token_counts((data.codes(row) for row in data.rows("train")), books, codec["codebook_size"])
     level = None
+    tree = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["settings"]
+    batch = settings.from_dict(BatchConfig, tree["batch"])
     if shipped is not None and shipped.info["codec"]["identity"] == codec["identity"]:
-        tree = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["settings"]
-        level = _with_mean(validation_losses(shipped, data, settings.from_dict(BatchConfig, tree["batch"])))
-    return Learning(curve("train"), curve("valid"), _with_mean(loss.unigram_entropy(counts)), level)
+        level = _with_mean(validation_losses(shipped, data, batch))
+    return Learning(curve("train"), curve("valid"), _with_mean(unigram_loss(data, batch)), level)
 
 
 def loss_svg(found: Learning, which: int, wide: bool) -> str:
@@ -269,7 +269,7 @@ def _legend(has_shipped: bool) -> str:
     entries = [
         line(TRAIN, "solid") + "training batch",
         line(VALID, "solid") + "validation (averaged weights)",
-        line("currentColor", "dashed") + "unigram entropy: knowing only how common each code is",
+        line("currentColor", "dashed") + "unigram model: knowing only how common each code is",
     ]
     if has_shipped:
         entries.append(line(SHIPPED, "dotted") + "shipped model on the same validation crops")
@@ -308,9 +308,9 @@ def _tiles(
     tiles = []
     if len(found.valid[0]):
         best = float(found.valid[1][:, 0].min())
-        tiles.append((f"{best:.2f} nats", f"validation loss of this run, {_beside(best, found)} the unigram entropy"))
+        tiles.append((f"{best:.2f} nats", f"validation loss of this run, {_beside(best, found)} a unigram model"))
     if found.shipped is not None:
-        text = f"the shipped model on the same crops, {_beside(found.shipped[0], found)} the unigram entropy"
+        text = f"the shipped model on the same crops, {_beside(found.shipped[0], found)} a unigram model"
         tiles.append((f"{found.shipped[0]:.2f} nats", text))
     mel = [c.mel for c in clips if c.mel is not None]
     chroma = [c.chroma for c in clips if c.chroma is not None and not math.isnan(c.chroma)]
@@ -384,7 +384,7 @@ def build(config: ReportConfig, steps: Sequence[dict[str, Any]] = (), say: liste
     found = learning(config.run_folder, data, models.get("shipped"))
     books = len(found.unigram) - 1
     names = ["mean", *(f"codebook {k}" for k in range(1, books + 1))]
-    table = [["unigram entropy", *(f"{v:.3f}" for v in found.unigram)]]
+    table = [["unigram model", *(f"{v:.3f}" for v in found.unigram)]]
     for name, curve in (("last training batch", found.train), ("best validation", found.valid)):
         if len(curve[0]):
             row = curve[1][-1] if curve is found.train else curve[1][curve[1][:, 0].argmin()]

@@ -101,12 +101,12 @@ def plan_lines(
     crop_seconds: float,
     steps: int,
     start: int,
-    entropy: Sequence[float],
+    unigram: Sequence[float],
 ) -> list[str]:
     """The plan of a run, printed before it starts."""
     parameters = lm.num_parameters()
     device = f"{hardware.world} x {'GPU' if hardware.uses_gpu else 'CPU process'}"
-    books = ", ".join(f"{h:.2f}" for h in entropy)
+    books = ", ".join(f"{h:.2f}" for h in unigram)
     return [
         f"model     {name}: {parameters:,} parameters ({lm.num_layers} layers, width {lm.dim}, {lm.num_heads} heads), "
         f"text encoder {lm.condition.text_encoder}",
@@ -116,6 +116,6 @@ def plan_lines(
         + f"; batch {batch} x {crop_seconds:g} s = {batch * crop_seconds:,.0f} s of audio a step",
         f"hardware  {device}, {hardware.precision}, {parameters * BYTES_PER_PARAMETER / 2**30:.2f} GiB of weights, "
         "gradients, moments and average per process",
-        f"unigram   {sum(entropy) / len(entropy):.3f} nats smoothed entropy of the tokens, mean of the codebooks "
-        f"[{books}]: what a model reaches that only knows how common each code is",
+        f"unigram   {sum(unigram) / len(unigram):.3f} nats on the validation crops, mean of the codebooks [{books}]: "
+        "the loss of a model that only knows how common each code is",
     ]

@@ -175,21 +175,6 @@ def load_codec(shards: ShardSet, name: str) -> Codec:
     return codec
 
 
-def entropy_of(shards: ShardSet, at_most: int = 3000) -> list[float]:
-    """Smoothed unigram entropy in nats of each codebook over (an even selection of) the training tracks."""
-    import numpy as np
-
-    from training import loss
-    from training.data import tracks_of
-
-    rows = tracks_of(shards, "train").rows
-    if len(rows) > at_most:
-        rows = rows[np.linspace(0, len(rows) - 1, at_most).astype(int)]
-    codec = shards.info["codec"]
-    counts = loss.token_counts((shards.codes(int(r)) for r in rows), codec["num_codebooks"], codec["codebook_size"])
-    return loss.unigram_entropy(counts).tolist()
-
-
 def describe_data(shards: ShardSet) -> str:
     """One line about a data set: tracks, hours, codec, version."""
     from training.data import tracks_of
@@ -355,7 +340,7 @@ def fit(config: TrainConfig) -> Path:
     codec = load_codec(shards, config.codec) if config.log.clips and is_zero else None
     if run_id is None and is_zero:
         run_id = _make_run(config, identity)
-    entropy = entropy_of(shards)
+    unigram = data.unigram_loss(shards, config.batch).tolist()
     if is_zero:
         lines = strategy.plan_lines(
             config.size,
@@ -366,7 +351,7 @@ def fit(config: TrainConfig) -> Path:
             crop_seconds=config.batch.crop_seconds,
             steps=config.steps,
             start=start,
-            entropy=entropy,
+            unigram=unigram,
         )
         print("\n".join(lines), flush=True)
     if start >= stop:
@@ -401,7 +386,7 @@ def fit(config: TrainConfig) -> Path:
         validation_batches,
         config.log.valid_every,
         config.steps,
-        sum(entropy) / len(entropy),
+        sum(unigram) / len(unigram),
         functools.partial(write_release, folder=folder / "release", config=config, shards=shards),
         watch,
     )

@@ -72,10 +72,11 @@ def test_codebooks_weigh_the_same_whatever_their_counts() -> None:
     assert named["train/ppl_q1"] == pytest.approx(np.exp(2))
 
 
-def test_unigram_entropy() -> None:
-    uniform = loss.unigram_entropy(np.full((1, 2048), 9))
+def test_unigram_loss() -> None:
+    uniform = loss.unigram_loss(np.full((1, 2048), 9), np.full((1, 2048), 9))
     assert uniform[0] == pytest.approx(np.log(2048))
     counts = loss.token_counts([np.array([[0, 0, 1]]), np.array([[3]])], 1, 4)
     assert counts.tolist() == [[2, 1, 0, 1]]
     p = np.array([3, 2, 1, 2]) / 8
-    assert loss.unigram_entropy(counts)[0] == pytest.approx(-(p * np.log(p)).sum())
+    scored = loss.unigram_loss(counts, np.array([[0, 3, 1, 0]]))[0]
+    assert scored == pytest.approx(-(0.75 * np.log(p[1]) + 0.25 * np.log(p[2])))

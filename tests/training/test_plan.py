@@ -60,6 +60,15 @@ def test_draws_are_spread_as_stated() -> None:
         assert starts == set(range(0, 2601, 32)) and plan.num_starts(3000, rule) == len(starts)
 
 
+def test_crops_leave_the_tails_of_tracks_out() -> None:
+    """No crop reaches into the last 100 frames, but of a track too short for that."""
+    rule = plan.CropRule(500, tail_frames=100)
+    items = [i for step in range(40) for i in plan.batch(step, 0, tracks([1000, 550, 420]), rule, size=16)[0]]
+    ends = {row: max(i.start + i.frames for i in items if i.row == row) for row in (10, 11, 12)}
+    assert ends == {10: 900, 11: 450, 12: 400}
+    assert min(i.frames for i in items) >= 400
+
+
 def test_targets_of_both_tails() -> None:
     full, reference = (patterns.scored_frames(500, 4, tail=tail) for tail in ("full", "reference"))
     assert plan.num_targets([500, 500], full).tolist() == [1000] * 4
