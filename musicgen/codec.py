@@ -171,7 +171,12 @@ class Codec:
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes `[B, K, T]` to audio `[B, C, hop * T]` float32.
+        """Codes `[B, K, T]` to audio `[B, C, hop * T]` float32; see `check_codes` for what it refuses."""
+        self.check_codes(codes)
+        return self.model.decoder(self.embed(codes))
+
+    def check_codes(self, codes: Tensor) -> None:
+        """Refuse codes `[B, K, T]` that are not of this codec.
 
         Raises:
             UserError: another number of codebooks, or ids outside `0 … codebook_size - 1`.
@@ -186,7 +191,6 @@ class Codec:
                 f"codes must lie in 0…{self.codebook_size - 1}; got {int(codes.min())}…{int(codes.max())} "
                 "(a special token left in, or tokens of another codec)"
             )
-        return self.model.decoder(self.embed(codes))
 
     @torch.no_grad()
     def embed(self, codes: Tensor) -> Tensor:

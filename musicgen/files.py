@@ -6,10 +6,13 @@ reader never sees half a file and a killed writer leaves nothing under the final
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from musicgen.errors import UserError
@@ -61,6 +64,37 @@ def read_bytes(uri: str | os.PathLike[str]) -> bytes:
     filesystem, inner = _remote(os.fspath(uri))
     with filesystem.open_input_stream(inner) as stream:
         return stream.read()
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[BinaryIO]:
+    """A file to write piece by piece: a local path, there once it is whole, or `-` for standard output.
+
+    Raises:
+        UserError: the place cannot be written, or whoever reads the output has gone.
+    """
+    if path == "-":
+        try:
+            yield sys.stdout.buffer
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its end
+            raise UserError("the program that read the output ended before the sound did") from None
+        return
+    target = local_path(path)
+    if target is None:
+        raise UserError(f"{path!r} takes whole files only; give a local file")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}; free the place or give another one"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_bytes(uri: str | os.PathLike[str], data: bytes) -> None:

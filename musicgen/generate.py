@@ -1,9 +1,9 @@
 """Prompt to sound: the one path that training samples, the command line, evaluation and the demo go through.
 
-`load` brings a release with the codec and text encoder it names; `generate` runs the language model column by column
-(delay pattern, cached keys and values, prompted and null rows in one batch), draws tokens, and decodes them. The
-same prompt, seed and settings give the same samples on one kind of processor, alone or in a batch: each prompt is
-encoded alone, random numbers are addressed by (seed, step, codebook), and clips are decoded one by one.
+`codes` runs the language model, `stream` turns its codes into sound while they come, `generate` waits for the whole.
+The same request gives the same samples on one kind of processor, alone or in a batch: each prompt is encoded alone,
+random numbers are addressed by (seed, step, codebook), and clips are decoded one by one. A clip longer than the crops
+the model learned from is made in windows (`musicgen.windows`); one may begin with a recording and go on from there.
 
     PROMPT="slow waltz for piano" python -m musicgen.generate --duration 10 --out waltz.wav
 
@@ -15,90 +15,70 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from musicgen import files, patterns, sampling, settings, wav, weights
+from musicgen import files, listen, memory, settings, wav
+from musicgen.conditions import Conditions
+from musicgen.engine import Engine
 from musicgen.errors import UserError
+from musicgen.model import MusicGen, encode_prompts, hints, load
+from musicgen.packing import Precision
 from musicgen.sampling import SamplingConfig
+from musicgen.stream_decoder import StreamDecoder, decode_long
+from musicgen.windows import Windows, stream_codes
 
-if TYPE_CHECKING:
-    from musicgen.codec import Codec
-    from musicgen.conditioning import TextEncoder
-    from musicgen.lm import MusicLM
+__all__ = ["GenerateConfig", "MusicGen", "Request", "codes", "encode_prompts", "generate", "hints", "load", "stream"]
 
-MIN_SECONDS, MAX_SECONDS = 0.1, 300.0
+MIN_SECONDS, MAX_SECONDS = 0.1, 3600.0
+EXTEND_STRIDE = 0.6  # of the window, as 18 s of the reference's 30
 _DURATION_ADVICE = f"give seconds from {MIN_SECONDS:g} to {MAX_SECONDS:g}, such as DURATION=10"
 _DEFAULTS = Path(__file__).parent.parent / "configs" / "generate" / "default.yaml"
-_TEXT_BUCKET = 32  # text is padded to a multiple, so that a batch and a single prompt take the same kernels
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class MusicGen:
-    """A language model with the codec and text encoder it was trained with; `info` is the release's config.json."""
-
-    lm: MusicLM
-    codec: Codec
-    text_encoder: TextEncoder
-    info: dict[str, Any]
-
-    @property
-    def trained_seconds(self) -> float | None:
-        """Length of the training crops, beyond which quality is not promised; None when not recorded."""
-        return self.info.get("training", {}).get("crop_seconds")
-
-
-def load(model: str | os.PathLike[str] = "demo", codec: Codec | str | None = None, device: str = "cpu") -> MusicGen:
-    """A model ready to generate.
+class Request:
+    """A batch of clips to make.
 
     Args:
-        model: `demo` (ships with the program), a release folder, or its URI.
-        codec: the codec, or its name or folder, where it stands elsewhere than the release says.
-        device: where the language model and the text encoder run: `cpu`, `cuda`, `auto`.
+        prompts: B texts in any script; None generates without a condition.
+        duration_seconds: length, the audio prompt included; 0.1 to 3600. Beyond the training crop see `hints`.
+        seeds: B seeds, any integers.
+        sampling: how tokens are drawn.
+        negatives: B texts to move away from, or None for the null condition; needs a guidance other than 1.
+        given: codes `[B, K, P]` that the clips begin with, such as those of `encode_audio`.
+        stride_seconds: by how much a window starts after the one before; 0 takes 0.6 of the window.
 
     Raises:
-        UserError: not a release, or its codec or text encoder is missing or another one.
+        UserError: an empty prompt, an impossible duration or stride, an audio prompt that leaves nothing to make.
     """
-    from musicgen import codec as codecs
-    from musicgen.conditioning import TextEncoder
 
-    where = _device(device)
-    lm, info = weights.load_release(model)
-    if codec is None or isinstance(codec, str):
-        name = codec or info["codec"]["name"]
-        try:
-            codec = codecs.load(name)
-        except (UserError, OSError) as error:
-            raise UserError(
-                f"MODEL={os.fspath(model)!r} needs codec {info['codec']['name']!r}, and {name!r} could not be loaded: "
-                f"{error}. Give its folder with --codec"
-            ) from error
-    weights.check_codec(info, codec)
-    encoder = TextEncoder.load(info["text_encoder"]["name"])
-    if encoder.identity != info["text_encoder"]["identity"]:
-        raise UserError(
-            f"MODEL={os.fspath(model)!r} was trained with another text encoder than the {encoder.name!r} on this "
-            f"machine (identity {info['text_encoder']['identity'][:12]}…, here {encoder.identity[:12]}…); "
-            "install the one it names"
-        )
-    return MusicGen(lm.to(where), codec, encoder.to(where), info)
+    prompts: Sequence[str | None]
+    duration_seconds: float
+    seeds: Sequence[int]
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    negatives: Sequence[str | None] | None = None
+    given: Tensor | None = None
+    stride_seconds: float = 0.0
 
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); give cpu or auto") from None
-    return device
+    def __post_init__(self) -> None:
+        check_duration(self.duration_seconds)
+        if not self.prompts:
+            raise ValueError("there is no prompt to generate for; give at least one (None is unconditional)")
+        if len(self.seeds) != len(self.prompts):
+            raise ValueError(f"{len(self.prompts)} prompts need {len(self.prompts)} seeds, got {len(self.seeds)}")
+        if self.negatives is not None and len(self.negatives) != len(self.prompts):
+            raise ValueError(f"{len(self.prompts)} prompts need as many negatives, got {len(self.negatives)}")
+        if any(prompt is not None and not prompt.strip() for prompt in self.prompts):
+            raise UserError(EMPTY_PROMPT)
 
 
 def check_duration(duration_seconds: float) -> float:
@@ -108,80 +88,79 @@ def check_duration(duration_seconds: float) -> float:
     return duration_seconds
 
 
-def hints(model: MusicGen, prompt: str | None, duration_seconds: float) -> list[str]:
-    """What the user should know before listening: an unknown script, a length the model has not learned."""
-    found = []
-    unknown = model.text_encoder.unknown_share(prompt) if prompt else 0.0
-    if unknown > 0.5:
-        found.append(
-            f"the text encoder {model.text_encoder.name!r} does not know {unknown:.0%} of the tokens of this prompt, "
-            "so the music will hardly follow it; English words work best"
-        )
+def _windows(model: MusicGen, request: Request) -> Windows:
+    """How the clips of a request are cut; refuses what cannot be."""
+    rate = model.codec.frame_rate
+    total = max(1, math.ceil(request.duration_seconds * rate - 1e-6))
     trained = model.trained_seconds
-    if trained and duration_seconds > trained:
-        found.append(
-            f"the model learned from {trained:g} s of music at a time; beyond that, up to the {duration_seconds:g} s "
-            "asked for, it may lose the thread"
+    window = min(round(trained * rate), total) if trained else total
+    if request.given is not None and request.given.shape[2] >= total:
+        raise UserError(
+            f"the audio prompt is {request.given.shape[2] / rate:g} s long and DURATION={request.duration_seconds:g} "
+            "counts it in, so nothing is left to make; give a longer DURATION or less of the prompt (--prompt_seconds)"
         )
-    return found
+    stride = round(request.stride_seconds * rate) or max(1, round(EXTEND_STRIDE * window))
+    if total > window and not 0 < stride < window:
+        raise UserError(
+            f"extend_stride is {request.stride_seconds:g} s; give more than 0 and less than the {window / rate:g} s "
+            "that the model takes at a time"
+        )
+    window = max(window, 2)
+    return Windows(total, window, min(stride, window - 1), rate, model.codec.sample_rate)
 
 
-@torch.no_grad()
-def encode_prompts(model: MusicGen, prompts: Sequence[str | None]) -> tuple[Tensor, Tensor]:
-    """Hidden states [B, L, E] and mask [B, L] of prompts, each encoded alone; None is the null condition."""
-    parts = [model.text_encoder.encode([p]) for p in prompts]
-    longest = max(int(hidden.shape[1]) for hidden, _ in parts)
-    length = -(-longest // _TEXT_BUCKET) * _TEXT_BUCKET
-    first = parts[0][0]
-    hidden = first.new_zeros(len(parts), length, first.shape[2])
-    mask = torch.zeros(len(parts), length, dtype=torch.bool, device=first.device)
-    for row, (h, m) in enumerate(parts):
-        hidden[row, : h.shape[1]] = h[0]
-        mask[row, : m.shape[1]] = m[0]
-    return hidden, mask
+def _branches(model: MusicGen, request: Request) -> tuple[list[Conditions], Tensor | None]:
+    """The conditions of each branch of the guidance, and the scale of every frame."""
+    prompted = encode_prompts(model, request.prompts)
+    negative = (
+        encode_prompts(model, request.negatives) if request.negatives is not None else prompted.without_text(model.lm)
+    )
+    same = prompted.is_null() and negative.is_null()
+    if same or not request.sampling.guides():
+        return [prompted], None
+    seconds = torch.arange(math.ceil(request.duration_seconds * model.codec.frame_rate)) / model.codec.frame_rate
+    scale = torch.tensor([request.sampling.guidance_at(t) for t in seconds.tolist()])
+    return [prompted, negative], scale[None].to(prompted.text.device)
 
 
-@torch.no_grad()
-def generate_codes(
-    lm: MusicLM,
-    text: Tensor,
-    text_mask: Tensor,
-    num_frames: int,
-    seeds: Sequence[int],
-    config: SamplingConfig | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """Codes [B, K, num_frames] for text conditions [B, L, E] and masks [B, L].
+def codes(model: MusicGen, request: Request, progress: Progress | None = None) -> Iterator[Tensor]:
+    """Codes `[B, K, n]` of a request as their frames become complete; see `generate` for errors."""
+    size = model.lm.config.codebook_size
+    if request.sampling.top_k > size:
+        raise UserError(
+            f"top_k is {request.sampling.top_k}, but a codebook has {size} codes; give 0 (all) up to {size}"
+        )
+    windows = _windows(model, request)
+    branches, scales = _branches(model, request)
+    engine = model.engine or Engine(model.lm)
+    memory.check(engine, model.codec, len(request.prompts), len(branches), windows, request.duration_seconds)
+    return stream_codes(engine, branches, request.seeds, request.sampling, windows, request.given, scales, progress)
+
+
+def stream(model: MusicGen, request: Request, chunk_seconds: float = 0.5) -> Iterator[Tensor]:
+    """Sound `[B, C, n]` of a request while it is being made, float32 on the CPU; joined it is what `generate` gives.
 
     Args:
-        seeds: one per item; an item's tokens depend on its own seed and condition only.
-        progress: called with (columns done, columns in all) after each.
+        chunk_seconds: frames are decoded in pieces of about this length; the first comes as early as it can.
     """
-    config = config or SamplingConfig()
-    batch, books, special = text.shape[0], lm.config.num_codebooks, lm.config.special_id
-    if len(seeds) != batch:
-        raise ValueError(f"{batch} prompts need {batch} seeds, got {len(seeds)}")
-    guided = config.guidance != 1.0 and bool(text_mask.any())
-    if guided:  # prompted rows first, then the same number of null rows
-        text = torch.cat([text, torch.zeros_like(text)])
-        text_mask = torch.cat([text_mask, torch.zeros_like(text_mask)])
-    device = text.device
-    # Python's integers are unbounded; the address takes their lowest 64 bits.
-    address = torch.from_numpy(np.array([s & 0xFFFFFFFFFFFFFFFF for s in seeds], np.uint64).view(np.int64)).to(device)
-    unknown = torch.full((batch, books, num_frames), -1, dtype=torch.long, device=device)
-    columns, holds_code = patterns.interleave(unknown, special, pattern=lm.config.pattern)
-    steps = columns.shape[-1] - 1
-    cache = lm.start_cache(text, text_mask, steps)
-    for step in range(steps):
-        column = columns[..., step]
-        logits = lm.step(torch.cat([column, column]) if guided else column, cache)
-        if guided:
-            logits = sampling.guide(logits[:batch], logits[batch:], config.guidance)
-        drawn = sampling.sample(logits, address, step, config)
-        columns[..., step + 1] = torch.where(holds_code[:, step + 1], drawn, special)
-        if progress is not None:
-            progress(step + 1, steps)
-    return patterns.deinterleave(columns, pattern=lm.config.pattern)
+    decoders = [StreamDecoder(model.codec) for _ in request.prompts]
+    left = round(request.duration_seconds * model.codec.sample_rate)
+    wanted, total = round(chunk_seconds * model.codec.frame_rate), _windows(model, request).total
+    waiting: list[Tensor] = []
+    done = 0
+    for piece in codes(model, request):
+        waiting.append(piece)
+        done += piece.shape[2]
+        held = sum(p.shape[2] for p in waiting)
+        if held < wanted and done < total:
+            continue
+        block = torch.cat(waiting, dim=2)
+        waiting = []
+        pushed = [d.push(block[i : i + 1], last=done == total).cpu() for i, d in enumerate(decoders)]
+        sound = torch.cat(pushed)[..., :left]
+        left -= sound.shape[-1]
+        if sound.shape[-1]:
+            yield sound
 
 
 def generate(
@@ -190,44 +169,37 @@ def generate(
     duration_seconds: float,
     seeds: Sequence[int],
     config: SamplingConfig | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    **more: Any,
 ) -> tuple[Tensor, Tensor]:
     """Sound for prompts.
 
     Args:
-        prompts: B texts in any script; None generates without a condition.
-        duration_seconds: length, 0.1 to 300; beyond the training crop the model may lose the thread (see `hints`).
-        seeds: B seeds, any integers.
-        progress: called with (columns done, columns in all).
+        prompts, duration_seconds, seeds, config: see `Request`, as are `more`.
+        progress: called with (frames done, frames in all).
 
     Returns:
         audio [B, C, N] float32, N = duration x sample rate, and codes [B, K, T] int64, on the CPU.
 
     Raises:
-        UserError: an empty prompt, an impossible duration, top_k beyond the codebook.
+        UserError: what `Request` refuses, top_k beyond the codebook, more than the memory holds.
     """
-    config = config or SamplingConfig()
-    check_duration(duration_seconds)
-    size = model.lm.config.codebook_size
-    if config.top_k > size:
-        raise UserError(f"top_k is {config.top_k}, but a codebook has {size} codes; give 0 (all) up to {size}")
-    for prompt in prompts:
-        if prompt is not None and not prompt.strip():
-            raise UserError(EMPTY_PROMPT)
-    if len(prompts) == 0:
-        raise ValueError("there is no prompt to generate for; give at least one (None is unconditional)")
-    frames = max(1, math.ceil(duration_seconds * model.codec.frame_rate - 1e-6))
-    text, mask = encode_prompts(model, prompts)
-    codes = generate_codes(model.lm, text, mask, frames, seeds, config, progress).cpu()
+    request = Request(prompts, duration_seconds, seeds, config or SamplingConfig(), **more)
+    made = torch.cat(list(codes(model, request, progress)), dim=2).cpu()
     samples = round(duration_seconds * model.codec.sample_rate)
-    audio = torch.cat([model.codec.decode(item[None]) for item in codes])[..., :samples]
-    return audio.float().cpu(), codes
+    audio = torch.cat([decode_long(model.codec, item[None]) for item in made])[..., :samples]
+    return audio.float(), made
+
+
+def encode_audio(model: MusicGen, audio: np.ndarray) -> Tensor:
+    """Codes `[1, K, P]` of an audio prompt `[C, N]` at the codec's rate, to be `Request.given`."""
+    return torch.from_numpy(model.codec.encode_track(audio).astype(np.int64))[None]
 
 
 def marking(
-    model: MusicGen, prompt: str | None, seed: int, duration_seconds: float, config: SamplingConfig
+    model: MusicGen, prompt: str | None, seed: int, duration_seconds: float, config: SamplingConfig, **more: Any
 ) -> dict[str, Any]:
-    """The record that a generated file carries: that it is generated, by which model, from what."""
+    """The record that a generated file carries: that it is generated, by which model, from what (`more` included)."""
     training = model.info.get("training", {})
     return {
         "generated": True,
@@ -241,6 +213,7 @@ def marking(
         "seed": seed,
         "duration_seconds": duration_seconds,
         "sampling": settings.to_dict(config),
+        **more,
     }
 
 
@@ -258,31 +231,56 @@ class GenerateConfig:
         model: `demo`, a release folder (runs/<name>/release) or its URI.
         prompt: the text; when left out, the environment variable PROMPT.
         unconditional: play without a prompt.
-        duration: seconds.
-        out: the WAV file to write, a path or URI.
+        negative_prompt: what to move away from, with the strength of the guidance.
+        prompt_audio: an audio file that the clip begins with and goes on from (AUDIO=).
+        prompt_seconds: how much of its beginning to take; 0 takes all.
+        duration: seconds, the audio prompt included.
+        out: the WAV file to write, a path or URI; `-` writes it to standard output.
         seed: the same seed gives the same file.
+        extend_stride: seconds by which a window starts after the one before in clips longer than the training crop;
+            0 takes 0.6 of the crop.
+        stream: write the sound while it is being made, and say when the first was ready.
+        chunk_seconds: piece of sound that a stream decodes at a time.
         codec: codec name or folder, where the one named by the release stands elsewhere.
         device: cpu, cuda or auto.
+        precision: of the weights: float32, bf16, float16 or int8.
         sampling: guidance, top-k, top-p, temperature.
     """
 
     model: str = "demo"
     prompt: str = ""
     unconditional: bool = False
+    negative_prompt: str = ""
+    prompt_audio: str = ""
+    prompt_seconds: float = 0.0
     duration: float = 10.0
     out: str = "generated.wav"
     seed: int = 0
+    extend_stride: float = 0.0
+    stream: bool = False
+    chunk_seconds: float = 0.5
     codec: str | None = None
     device: str = "cpu"
+    precision: Precision = "float32"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
+    def __post_init__(self) -> None:
+        for name, least in (("prompt_seconds", 0.0), ("extend_stride", 0.0), ("chunk_seconds", 0.02)):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= least):
+                raise ValueError(f"{name} is {value:g}; give seconds, at least {least:g}")
 
-def _check_out(out: str) -> None:
+
+def _check_out(out: str, streaming: bool) -> None:
+    if out == "-":
+        return
     if not out.lower().endswith(".wav"):
         raise UserError(f"OUT={out!r} must end in .wav, such as OUT=waltz.wav")
     path = files.local_path(out)
     if path is not None and path.is_dir():
         raise UserError(f"OUT={out!r} is a folder; give the file to write, such as OUT={out.rstrip('/')}/waltz.wav")
+    if streaming and path is None:
+        raise UserError(f"OUT={out!r} takes whole files only; stream to a local file or to - and copy it there")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -299,35 +297,89 @@ def main(argv: Sequence[str]) -> int:
     if prompt == "":
         raise UserError(EMPTY_PROMPT)
     check_duration(config.duration)
-    _check_out(config.out)
-    model = load(config.model, config.codec, config.device)
+    _check_out(config.out, config.stream)
+    model = load(config.model, config.codec, config.device, config.precision)
+    request, told = _request(model, prompt, config)
     for hint in hints(model, prompt, config.duration):
         print(f"warning: {hint}", file=sys.stderr)
-    audio = _generate_with_bar(model, prompt, config)
-    mark = marking(model, prompt, config.seed, config.duration, config.sampling)
-    wav.write(config.out, audio, model.codec.sample_rate, mark)
-    peak = float(audio.abs().max())
+    mark = marking(model, prompt, config.seed, config.duration, config.sampling, precision=config.precision, **told)
+    began = time.perf_counter()
+    first = None
+    if config.stream:
+        peak, first = _write_stream(model, request, mark, config)
+    else:
+        audio = _generate_with_bar(model, request)
+        _write_whole(config.out, wav.encode(audio, model.codec.sample_rate, mark))
+        peak = float(audio.abs().max())
+    seconds = time.perf_counter() - began
     level = 20 * math.log10(peak) if peak > 0 else -math.inf
-    print(f"{config.out}: {config.duration:g} s, peak {level:.1f} dBFS, marked as generated (seed {config.seed})")
+    print(
+        f"{config.out}: {config.duration:g} s, peak {level:.1f} dBFS, marked as generated (seed {config.seed}); "
+        + (f"first sound after {first:.2f} s, " if first is not None else "")
+        + f"made in {seconds:.1f} s ({config.duration / seconds:.2f} x real time)",
+        file=sys.stderr if config.out == "-" else sys.stdout,
+    )
     return 0
 
 
-def _generate_with_bar(model: MusicGen, prompt: str | None, config: GenerateConfig) -> Tensor:
-    """Audio [C, N] of the command's one prompt, with a progress bar on standard error."""
+def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tuple[Request, dict[str, Any]]:
+    """The command's request, and what the marking says about it beside prompt and sampling."""
+    given: Tensor | None = None
+    told: dict[str, Any] = {}
+    if config.prompt_audio:
+        limit = config.prompt_seconds or MAX_SECONDS
+        codec = model.codec
+        sound = listen.read(config.prompt_audio, codec.sample_rate, codec.channels, what="AUDIO", max_seconds=limit)
+        given = encode_audio(model, sound)
+        told["prompt_audio_seconds"] = given.shape[2] / codec.frame_rate
+    negatives = None
+    if config.negative_prompt.strip():
+        negatives = [config.negative_prompt.strip()]
+        told["negative_prompt"] = negatives[0]
+    return Request(
+        [prompt], config.duration, [config.seed], config.sampling, negatives, given, config.extend_stride
+    ), told
+
+
+def _generate_with_bar(model: MusicGen, request: Request) -> Tensor:
+    """Audio [C, N] of a request of one clip, with a progress bar on standard error."""
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("generating", total=None)
-        audio, _ = generate(
-            model,
-            [prompt],
-            config.duration,
-            [config.seed],
-            config.sampling,
-            lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    return audio[0]
+        pieces = list(codes(model, request, lambda done, total: bar.update(task, completed=done, total=total)))
+    samples = round(request.duration_seconds * model.codec.sample_rate)
+    return decode_long(model.codec, torch.cat(pieces, dim=2))[0, :, :samples]
+
+
+def _write_whole(out: str, data: bytes) -> None:
+    if out == "-":
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    else:
+        files.write_bytes(out, data)
+
+
+def _write_stream(
+    model: MusicGen, request: Request, mark: dict[str, Any], config: GenerateConfig
+) -> tuple[float, float]:
+    """Write the sound as it comes; peak and the seconds until the first of it was ready.
+
+    A file stands under its name once it is whole; standard output gets each piece at once.
+    """
+    began, first, peak = time.perf_counter(), math.nan, 0.0
+    rate, channels = model.codec.sample_rate, model.codec.channels
+    with files.writing(config.out) as file:
+        file.write(wav.header(channels, round(request.duration_seconds * rate), rate, mark))
+        for piece in stream(model, request, config.chunk_seconds):
+            file.write(wav.pcm16(piece[0]).T.tobytes())
+            file.flush()
+            if math.isnan(first):
+                first = time.perf_counter() - began
+                print(f"first sound after {first:.2f} s", file=sys.stderr)
+            peak = max(peak, float(piece.abs().max()))
+    return peak, first
 
 
 if __name__ == "__main__":

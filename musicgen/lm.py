@@ -5,8 +5,8 @@ captions into the hidden states of a frozen encoder, and this file maps both to 
 (the text models) or stands before the columns, `[melody | text | columns]` (the melody models of the reference). A row
 of the text mask without any true value is the null condition: its cross-attention output is exactly zero.
 
-`forward` scores a whole sequence (training); `start_cache` and `step` go column by column (generation) and give the
-same logits. Parameter names are audiocraft's flat names.
+`forward` scores a whole sequence; `musicgen.engine` goes column by column (generation) and gives the same logits.
+Parameter names are audiocraft's flat names.
 
 Source: Copet et al. 2023, section 3; audiocraft `models/lm.py`.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from musicgen.chroma import NONE, NUM_CHROMA
 from musicgen.config import LMConfig
-from musicgen.transformer import Cache, Transformer, gaussian_
+from musicgen.transformer import Transformer, gaussian_
 
 
 class MusicLM(nn.Module):
@@ -60,7 +60,7 @@ class MusicLM(nn.Module):
             x = x + self.emb[k](tokens[:, k])
         return x
 
-    def _project_text(self, text: Tensor, text_mask: Tensor) -> Tensor:
+    def project_text(self, text: Tensor, text_mask: Tensor) -> Tensor:
         """`[B, L, E]` to `[B, L, D]`, zero where masked (the projection has a bias)."""
         return self.text_projection(text).masked_fill(~text_mask[..., None], 0.0)
 
@@ -89,7 +89,7 @@ class MusicLM(nn.Module):
         places[:, 0] = True
         return places
 
-    def _prefix(
+    def prefix(
         self, text: Tensor, text_mask: Tensor, chroma: Tensor | None, text_places: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """What stands before the columns, `[B, P, D]`, and which of it an item has, `[B, P]`; `text` is projected."""
@@ -117,8 +117,8 @@ class MusicLM(nn.Module):
         text_places: Tensor | None = None,
     ) -> Tensor:
         """What the heads read: `[B, S, D]`; see `forward` for the arguments."""
-        projected = self._project_text(text, text_mask)
-        prefix, visible = self._prefix(projected, text_mask, chroma, text_places)
+        projected = self.project_text(text, text_mask)
+        prefix, visible = self.prefix(projected, text_mask, chroma, text_places)
         if self.config.cross_attention:
             visible = None  # a melody alone: every item has all of it
         return self.out_norm(self.transformer(self._embed(tokens), projected, text_mask, prefix, visible))
@@ -150,57 +150,3 @@ class MusicLM(nn.Module):
         """
         x = self.hidden(tokens, text, text_mask, chroma, text_places)
         return torch.stack([head(x) for head in self.linears], dim=1)
-
-    @torch.no_grad()
-    def start_cache(
-        self,
-        text: Tensor,
-        text_mask: Tensor,
-        max_steps: int,
-        chroma: Tensor | None = None,
-        text_places: Tensor | None = None,
-    ) -> Cache:
-        """A cache for `max_steps` columns, with the text's keys and values, and those of the prefix, computed once.
-
-        Args:
-            text, text_mask, chroma, text_places: as in `forward`.
-            max_steps: columns that will be fed at most.
-        """
-        batch, heads = text.shape[0], self.config.num_heads
-        cache = Cache(max_steps=max_steps, text_mask=text_mask)
-        projected = self._project_text(text, text_mask)
-        prefix, visible = self._prefix(projected, text_mask, chroma, text_places)
-        entries = max_steps + (0 if visible is None else int(visible.any(dim=0).sum()))
-        shape = (batch, heads, entries, self.config.dim // heads)
-        for block in self.transformer.layers:
-            cache.keys.append(projected.new_zeros(shape))
-            cache.values.append(projected.new_zeros(shape))
-            if self.config.cross_attention:
-                keys, values = block.cross_attention.project_text(projected)  # type: ignore[union-attr, operator]
-                cache.cross_keys.append(keys)
-                cache.cross_values.append(values)
-        if prefix is not None and visible is not None:
-            self.transformer.fill_prefix(prefix, visible, cache)
-        return cache
-
-    @torch.no_grad()
-    def step(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Feed one column and get the logits of the next; advances `cache.position`.
-
-        Args:
-            tokens: `[B, K]` long.
-            cache: from `start_cache`, same batch.
-
-        Returns:
-            logits `[B, K, V]`, equal to `forward`'s at this column up to float rounding.
-
-        Raises:
-            ValueError: the cache is full.
-        """
-        if cache.position >= cache.max_steps:
-            raise ValueError(
-                f"the cache holds {cache.max_steps} columns and all are used; start it with more max_steps"
-            )
-        x = self.out_norm(self.transformer.step(self._embed(tokens[..., None]), cache))
-        cache.position += 1
-        return torch.stack([head(x[:, 0]) for head in self.linears], dim=1)

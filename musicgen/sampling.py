@@ -9,7 +9,9 @@ Sources: Copet et al. 2023, section 3.4 (top-k 250, temperature 1, guidance 3); 
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +32,15 @@ class SamplingConfig:
         top_p: keep the likeliest codes up to this total probability; 0 switches it off; when set, it replaces top_k.
         temperature: 1 samples from the model's distribution, lower is safer, 0 always takes the likeliest code.
         guidance: how far to go from the unconditional prediction towards the prompt's; 1 is none.
+        guidance_over_time: pairs of second and scale, such as [[0, 6], [10, 2]], between which the scale goes
+            straight and outside of which it stays; replaces `guidance`.
     """
 
     top_k: int = 250
     top_p: float = 0.0
     temperature: float = 1.0
     guidance: float = 3.0
+    guidance_over_time: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         if self.top_k < 0:
@@ -46,6 +51,31 @@ class SamplingConfig:
             raise ValueError(f"temperature is {self.temperature}; give 0 (likeliest code) or more, such as 1.0")
         if not (self.guidance >= 0.0 and math.isfinite(self.guidance)):
             raise ValueError(f"guidance is {self.guidance}; give 0 or more, such as 3.0 (1 is no guidance)")
+        points = tuple((float(second), float(scale)) for second, scale in self.guidance_over_time)
+        object.__setattr__(self, "guidance_over_time", points)  # YAML and JSON give lists
+        seconds = [second for second, _ in points]
+        if seconds != sorted(set(seconds)) or not all(s >= 0 and math.isfinite(s + g) and g >= 0 for s, g in points):
+            raise ValueError(
+                f"guidance_over_time is {[list(p) for p in points]}; give pairs of ascending seconds and scales from "
+                "0 on, such as [[0, 6], [10, 2]]"
+            )
+
+    def guides(self) -> bool:
+        """Whether any scale differs from 1."""
+        scales = [scale for _, scale in self.guidance_over_time] or [self.guidance]
+        return any(scale != 1.0 for scale in scales)
+
+    def guidance_at(self, seconds: float) -> float:
+        """The guidance scale at a time of the clip."""
+        points = self.guidance_over_time
+        if not points:
+            return self.guidance
+        if seconds <= points[0][0]:
+            return points[0][1]
+        for (a, low), (b, high) in itertools.pairwise(points):
+            if seconds <= b:
+                return low + (high - low) * (seconds - a) / (b - a)
+        return points[-1][1]
 
 
 def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -60,31 +90,46 @@ def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Te
     return c0, c1, c2, c3
 
 
-def gumbel_noise(seeds: Tensor, step: int, num_codebooks: int, size: int) -> Tensor:
-    """Standard Gumbel noise [B, K, size], float32, a function of (seed, step, codebook, code) only.
+def gumbel_noise(seeds: Tensor, steps: int | Tensor, num_codebooks: int, size: int) -> Tensor:
+    """Standard Gumbel noise, float32, a function of (seed, step, codebook, code) only.
 
     Args:
         seeds: int64 [B], one seed per item (all 64 bits count).
-        step: column of the pattern, 0 for the first predicted one.
+        steps: column of the pattern, 0 for the first predicted one; or several, int64 [S].
+
+    Returns:
+        [B, K, size] for one step, [B, S, K, size] for several.
     """
     device = seeds.device
     blocks = (size + 3) // 4
-    seeds = seeds.view(-1, 1, 1)
-    block = torch.arange(blocks, device=device).view(1, 1, -1)
-    codebook = torch.arange(num_codebooks, device=device).view(1, -1, 1)
+    counted = torch.full((1,), steps, device=device) if isinstance(steps, int) else steps
+    seeds, step = seeds.view(-1, 1, 1, 1), counted.view(1, -1, 1, 1) & _MASK
+    block = torch.arange(blocks, device=device).view(1, 1, 1, -1)
+    codebook = torch.arange(num_codebooks, device=device).view(1, 1, -1, 1)
     constant = torch.full_like(block, _STREAM)
-    words = philox((seeds & _MASK, (seeds >> 32) & _MASK), (block, codebook, torch.full_like(block, step), constant))
-    shape = (seeds.shape[0], num_codebooks, blocks)
-    bits = torch.stack([w.expand(shape) for w in words], dim=-1).reshape(shape[0], num_codebooks, 4 * blocks)[
-        ..., :size
-    ]
+    words = philox((seeds & _MASK, (seeds >> 32) & _MASK), (block, codebook, step, constant))
+    shape = (seeds.shape[0], step.shape[1], num_codebooks, blocks)
+    bits = torch.stack([w.expand(shape) for w in words], dim=-1).flatten(-2)[..., :size]
     uniform = ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23  # strictly inside (0, 1), exact in float32
-    return -torch.log(-torch.log(uniform))
+    noise = -torch.log(-torch.log(uniform))
+    return noise[:, 0] if isinstance(steps, int) else noise
 
 
-def guide(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance on raw logits: unconditional + guidance x (conditional - unconditional)."""
-    return unconditional + guidance * (conditional - unconditional)
+def guide(parts: Sequence[Tensor], scales: Tensor) -> Tensor:
+    """Classifier-free guidance on raw logits, over the branches of one batch.
+
+    Two parts (prompted, null) and one scale: null + scale x (prompted - null). Three parts (text and melody, melody
+    alone, null) and the scales of text and melody: null + melody scale x (melody - null) + text scale x
+    (both - melody), which is the two-part form where the scales are equal.
+
+    Args:
+        parts: logits `[B, K, V]` of each branch.
+        scales: `[branches - 1, ...]`, broadcast over the logits.
+    """
+    if len(parts) == 2:
+        return parts[1] + scales[0] * (parts[0] - parts[1])
+    both, melody, null = parts
+    return null + scales[1] * (melody - null) + scales[0] * (both - melody)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -103,14 +148,22 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -math.inf)
 
 
-def sample(logits: Tensor, seeds: Tensor, step: int, config: SamplingConfig) -> Tensor:
-    """Tokens [B, K] drawn from logits [B, K, V] (already guided) with noise addressed by (seed, step, codebook)."""
+def draw(logits: Tensor, noise: Tensor | None, config: SamplingConfig) -> Tensor:
+    """Tokens [B, K] from logits [B, K, V] (already guided) and Gumbel noise of their shape.
+
+    Without noise, or at temperature 0, the likeliest code.
+    """
     logits = logits.float()
-    if config.temperature == 0.0:
+    if noise is None or config.temperature == 0.0:
         return logits.argmax(dim=-1)
     logits = logits / config.temperature
     if config.top_p > 0.0:
         logits = keep_top_p(logits, config.top_p)
     else:
         logits = keep_top_k(logits, config.top_k)
-    return (logits + gumbel_noise(seeds, step, logits.shape[1], logits.shape[2])).argmax(dim=-1)
+    return (logits + noise).argmax(dim=-1)
+
+
+def sample(logits: Tensor, seeds: Tensor, step: int, config: SamplingConfig) -> Tensor:
+    """Tokens [B, K] drawn from logits [B, K, V] (already guided) with noise addressed by (seed, step, codebook)."""
+    return draw(logits, gumbel_noise(seeds, step, logits.shape[1], logits.shape[2]), config)

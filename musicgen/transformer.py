@@ -1,4 +1,4 @@
-"""The transformer under the language model: attention with an optional static cache, cross-attention, blocks.
+"""The transformer under the language model: attention, cross-attention, blocks.
 
 Pre-norm blocks: norm1 -> causal self-attention -> residual; norm_cross -> cross-attention to the text -> residual;
 norm2 -> feed-forward -> residual. No biases but in the LayerNorms. Parameter names are audiocraft's, so that key
@@ -12,7 +12,6 @@ Source: Copet et al. 2023, section 3.1; audiocraft `modules/transformer.py`; ini
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -50,31 +49,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return (scores.softmax(dim=-1) @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
 
 
-@dataclass
-class Cache:
-    """State of step-wise generation for one batch: static buffers, written at `position`.
-
-    Attributes:
-        keys, values: per layer `[B, H, max_steps, D/H]`, self-attention.
-        cross_keys, cross_values: per layer `[B, H, L, D/H]`, computed once from the text.
-        text_mask: `[B, L]` bool.
-        position: columns already written.
-        max_steps: capacity in columns.
-        prefix: entries P of the buffers that hold the condition prefix; column s stands at entry P + s.
-        visible: `[B, P]` bool, which of them an item has; None where all items have all.
-    """
-
-    max_steps: int
-    text_mask: Tensor
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    cross_keys: list[Tensor] = field(default_factory=list)
-    cross_values: list[Tensor] = field(default_factory=list)
-    position: int = 0
-    prefix: int = 0
-    visible: Tensor | None = None
-
-
 class Attention(nn.Module):
     """Multi-head attention with packed q/k/v rows, as the reference stores them."""
 
@@ -96,19 +70,6 @@ class Attention(nn.Module):
         """Self-attention over a whole sequence, `[B, S, D]` to `[B, S, D]`; `mask` `[B, 1, S, S]` replaces causal."""
         q, k, v = (self._heads(p) for p in F.linear(x, self.in_proj_weight).chunk(3, dim=-1))
         return self._merge(attend(q, k, v, mask))
-
-    def causal_step(self, x: Tensor, keys: Tensor, values: Tensor, entry: int, mask: Tensor | None = None) -> Tensor:
-        """Columns `[B, S, D]` against the cache, whose buffers `[B, H, entries, D/H]` are written in place.
-
-        Args:
-            entry: where in the buffers the first of the columns goes.
-            mask: `[B, 1, S, entry + S]` bool; None where every column sees all entries up to the last.
-        """
-        q, k, v = (self._heads(p) for p in F.linear(x, self.in_proj_weight).chunk(3, dim=-1))
-        stop = entry + x.shape[1]
-        keys[:, :, entry:stop] = k.to(keys.dtype)
-        values[:, :, entry:stop] = v.to(values.dtype)
-        return self._merge(F.scaled_dot_product_attention(q, keys[:, :, :stop], values[:, :, :stop], attn_mask=mask))
 
     def project_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, H, L, D/H]` of the projected text `[B, L, D]`."""
@@ -160,14 +121,6 @@ class Block(nn.Module):
             x = x + self._drop(self.cross_attention.cross(self.norm_cross(x), keys, values, text_mask))
         return self._feed_forward(x)
 
-    def step(self, x: Tensor, cache: Cache, layer: int, entry: int, mask: Tensor | None = None) -> Tensor:
-        """Columns `[B, S, D]` with the cache of this layer, from `entry` on; see `Attention.causal_step`."""
-        x = x + self.self_attn.causal_step(self.norm1(x), cache.keys[layer], cache.values[layer], entry, mask)
-        if self.has_cross:
-            keys, values = cache.cross_keys[layer], cache.cross_values[layer]
-            x = x + self.cross_attention.cross(self.norm_cross(x), keys, values, cache.text_mask)
-        return self._feed_forward(x)
-
 
 class Transformer(nn.Module):
     """Positions, then the blocks. The final norm belongs to the language model, where the reference keeps it."""
@@ -201,43 +154,15 @@ class Transformer(nn.Module):
             positions = torch.arange(x.shape[1], device=x.device)
         else:
             whole = torch.cat([visible, visible.new_ones(x.shape[0], columns)], dim=1)
-            positions = _positions(whole)
+            positions = positions_of(whole)
             mask = causal_mask(whole, 0, x.shape[1])
         x = x + sinusoid(positions, x.shape[2]).to(x.dtype)
         for block in self.layers:
             x = block(x, text, text_mask, mask)
         return x[:, -columns:]
 
-    def step(self, x: Tensor, cache: Cache) -> Tensor:
-        """Columns `[B, S, D]` after those in the cache; the caller advances `cache.position`."""
-        columns, entry = x.shape[1], cache.prefix + cache.position
-        positions = torch.arange(entry, entry + columns, device=x.device)
-        mask = None
-        if cache.visible is not None:
-            positions = positions + (cache.visible.sum(dim=1, keepdim=True) - cache.prefix)
-            more = cache.visible.new_ones(x.shape[0], cache.position + columns)
-            mask = causal_mask(torch.cat([cache.visible, more], dim=1), entry, columns)
-        elif columns > 1:
-            mask = causal_mask(torch.ones(1, entry + columns, dtype=torch.bool, device=x.device), entry, columns)
-        return self._through(x, positions, cache, entry, mask)
 
-    def fill_prefix(self, prefix: Tensor, visible: Tensor, cache: Cache) -> None:
-        """Put a prefix `[B, P, D]` with `visible` `[B, P]` into an empty cache."""
-        kept = visible.any(dim=0)  # what no item has is left out
-        prefix, visible = prefix[:, kept], visible[:, kept]
-        mask = causal_mask(visible, 0, visible.shape[1])
-        self._through(prefix, _positions(visible), cache, 0, mask)
-        cache.prefix = prefix.shape[1]
-        cache.visible = None if bool(visible.all()) else visible
-
-    def _through(self, x: Tensor, positions: Tensor, cache: Cache, entry: int, mask: Tensor | None) -> Tensor:
-        x = x + sinusoid(positions, x.shape[2]).to(x.dtype)
-        for layer, block in enumerate(self.layers):
-            x = block.step(x, cache, layer, entry, mask)  # type: ignore[operator]
-        return x
-
-
-def _positions(visible: Tensor) -> Tensor:
+def positions_of(visible: Tensor) -> Tensor:
     """Positions `[B, N]` of entries of which an item has only some: the others are skipped in counting."""
     return (visible.long().cumsum(dim=1) - 1).clamp(min=0)
 

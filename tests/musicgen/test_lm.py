@@ -120,25 +120,6 @@ def melody_config(cross: bool = False, melody: bool = True, null: str = "zeros")
 MELODY = torch.tensor([[0, 4, 7, 11, 255], [2, 2, 2, 9, 9], [255] * 5])
 
 
-@pytest.mark.parametrize("cross", [True, False])
-@pytest.mark.parametrize("melody", [True, False])
-@pytest.mark.parametrize("padded", [True, False])
-def test_step_equals_forward(cross: bool, melody: bool, padded: bool) -> None:
-    lm = tiny(melody_config(cross, melody))
-    tokens, text, mask = inputs()
-    chroma = MELODY if melody else None
-    if padded:
-        mask[0, 5:] = False  # the last place is nobody's
-        mask[1, 3:] = False
-        mask[2] = False
-    whole = lm(tokens, text, mask, chroma)
-    cache = lm.start_cache(text, mask, tokens.shape[-1], chroma)
-    steps = torch.stack([lm.step(tokens[..., s], cache) for s in range(tokens.shape[-1])], dim=2)
-    torch.testing.assert_close(steps, whole, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="max_steps"):
-        lm.step(tokens[..., 0], cache)
-
-
 def test_the_future_is_not_seen() -> None:
     lm = tiny()
     tokens, text, mask = inputs()
@@ -280,7 +261,7 @@ def test_logits_equal_those_of_transformers() -> None:
     mask[1, 4:] = False
     theirs = oracle(
         input_ids=tokens.reshape(12, 11),
-        encoder_hidden_states=lm._project_text(text, mask),
+        encoder_hidden_states=lm.project_text(text, mask),
         encoder_attention_mask=mask.long(),
     ).logits.reshape(3, 4, 11, 64)
     torch.testing.assert_close(lm(tokens, text, mask), theirs, atol=2e-5, rtol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -81,12 +82,46 @@ def test_temperature_zero_takes_the_likeliest() -> None:
     assert torch.equal(tokens, logits.argmax(-1))
 
 
+def test_several_steps_of_noise_are_those_steps() -> None:
+    seeds = torch.tensor([5, -1])
+    ahead = sampling.gumbel_noise(seeds, torch.tensor([7, 8, 2**33]), 4, 100)
+    assert ahead.shape == (2, 3, 4, 100)
+    for i, step in enumerate((7, 8)):
+        assert torch.equal(ahead[:, i], sampling.gumbel_noise(seeds, step, 4, 100))
+
+
 def test_guidance_formula() -> None:
-    conditional, unconditional = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
-    assert torch.allclose(sampling.guide(conditional, unconditional, 1.0), conditional, atol=1e-6)
-    assert torch.equal(sampling.guide(conditional, unconditional, 0.0), unconditional)
-    third = sampling.guide(conditional, unconditional, 3.0)
-    assert torch.allclose(third, 3 * conditional - 2 * unconditional, atol=1e-5)
+    parts = torch.randn(2, 2, 4, 8).unbind()
+    conditional, unconditional = parts
+
+    def guided(*scales: float) -> torch.Tensor:
+        return sampling.guide(parts, torch.tensor(scales)[:, None])
+
+    assert torch.allclose(guided(1.0), conditional, atol=1e-6)
+    assert torch.equal(guided(0.0), unconditional)
+    assert torch.allclose(guided(3.0), 3 * conditional - 2 * unconditional, atol=1e-5)
+
+
+def test_three_way_guidance() -> None:
+    parts = torch.randn(3, 2, 4, 8).unbind()
+    both, melody, null = parts
+
+    def guided(text: float, tune: float) -> torch.Tensor:
+        return sampling.guide(parts, torch.tensor([[text], [tune]]))
+
+    assert torch.allclose(guided(3.0, 3.0), null + 3 * (both - null), atol=1e-5), "equal scales are the two-way form"
+    assert torch.allclose(guided(1.0, 1.0), both, atol=1e-6)
+    assert torch.allclose(guided(0.0, 1.0), melody, atol=1e-6)
+    assert torch.allclose(guided(2.0, 5.0), null + 5 * (melody - null) + 2 * (both - melody), atol=1e-5)
+
+
+def test_guidance_over_time() -> None:
+    config = SamplingConfig(guidance_over_time=[[2, 6], [4, 2], [5, 2]])  # type: ignore[arg-type]
+    assert [config.guidance_at(t) for t in (0, 2, 3, 3.5, 4.7, 9)] == [6, 6, 4, 3, 2, 2]
+    assert SamplingConfig(guidance=4.0).guidance_at(3.0) == 4.0
+    assert config.guides() and not SamplingConfig(guidance=1.0).guides()
+    assert SamplingConfig(guidance=1.0, guidance_over_time=((0, 1), (2, 3))).guides()
+    assert not SamplingConfig(guidance=3.0, guidance_over_time=((0, 1),)).guides()
 
 
 @pytest.mark.parametrize(
@@ -97,8 +132,10 @@ def test_guidance_formula() -> None:
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"guidance": math.inf}, "guidance is inf"),
+        ({"guidance_over_time": ((3, 2), (1, 2))}, "ascending seconds"),
+        ({"guidance_over_time": ((0, -1),)}, r"give pairs"),
     ],
 )
-def test_nonsense_is_refused(values: dict[str, float], message: str) -> None:
+def test_nonsense_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SamplingConfig(**values)  # type: ignore[arg-type]
+        SamplingConfig(**values)

@@ -1,0 +1,104 @@
+"""Clips of any length: codes frame by frame, through windows as long as the crops the model was trained on.
+
+A model that learned from 30 seconds at a time knows nothing beyond them. A longer clip is made in windows: each starts
+`stride` frames after the one before, is given the codes that both share, and adds the rest. The caches are those of one
+window, whatever the clip's length, and random numbers are addressed by the clip's frames, so that a longer clip begins
+like a shorter one.
+
+Source: audiocraft `models/musicgen.py` (extend_stride); Copet et al. 2023 generate 30 s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from musicgen import patterns
+from musicgen.conditions import Conditions
+from musicgen.engine import Engine
+from musicgen.sampler import UNKNOWN, Sampler
+from musicgen.sampling import SamplingConfig
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a clip is cut.
+
+    Attributes:
+        total: frames of the clip.
+        window: longest window in frames.
+        stride: frames by which a window starts after the one before, below `window`.
+        frame_rate, sample_rate_hz: of the codec.
+    """
+
+    total: int
+    window: int
+    stride: int
+    frame_rate: float
+    sample_rate_hz: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.stride < self.window:
+            raise ValueError(f"a stride of {self.stride} frames must be above 0 and below the window, {self.window}")
+
+    def start_after(self, done: int) -> int:
+        """First frame of the window that goes on after `done` frames."""
+        return 0 if done < self.window else done - (self.window - self.stride)
+
+
+def stream_codes(
+    engine: Engine,
+    branches: Sequence[Conditions],
+    seeds: Sequence[int],
+    config: SamplingConfig,
+    windows: Windows,
+    given: Tensor | None = None,
+    scales: Tensor | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Tensor]:
+    """Codes `[B, K, n]` of a batch of clips as their frames become complete; the given ones first.
+
+    Args:
+        engine, branches, seeds, config, scales: see `sampler.Sampler`.
+        windows: how the clips are cut.
+        given: `[B, K, P]` codes that the clips begin with, P below the total.
+        progress: called with (frames done, frames in all) after each column.
+    """
+    lm, total = engine.config, windows.total
+    books = lm.num_codebooks
+    tail = given.to(engine.device) if given is not None else torch.zeros(len(seeds), books, 0, dtype=torch.long)
+    tail = tail.to(engine.device)
+    done = tail.shape[2]
+    if done:
+        yield tail
+    # Columns that only delays need are never trained with the reference's tail: stay clear of them.
+    margin = 0
+    if lm.tail == "reference":
+        whole = patterns.num_columns(windows.window, books, pattern=lm.pattern)
+        margin = whole - patterns.num_columns(windows.window, books, pattern=lm.pattern, tail="reference")
+    sampler = Sampler(
+        engine, branches, seeds, config, min(windows.window, total + margin),
+        frame_rate=windows.frame_rate, sample_rate_hz=windows.sample_rate_hz, scales=scales,
+    )  # fmt: skip
+    while done < total:
+        start = windows.start_after(done)
+        known = done - start
+        frames = min(windows.window, total + margin - start)
+        codes = torch.full((len(seeds), books, frames), UNKNOWN, dtype=torch.long, device=engine.device)
+        codes[..., :known] = tail[..., tail.shape[2] - known :]
+        sampler.begin(codes, offset=start)
+        emitted, last = known, min(frames - margin, total - start)
+        while True:
+            complete = min(sampler.frames, last)
+            if complete > emitted:
+                yield sampler.codes(emitted, complete)
+                emitted = complete
+            if progress is not None:
+                progress(start + complete, total)
+            if complete == last:
+                break
+            sampler.advance()
+        tail, done = sampler.codes(0, last), start + last
