@@ -21,7 +21,7 @@ export WANDB_SILENT ?= true
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo test test-slow ingest train generate codec codec-eval check check-music bench assets music lock clean
+.PHONY: help setup dev demo test test-slow ingest train generate codec codec-eval check check-music bench bench-generate assets music lock clean
 
 help: ## this list
 	@echo "usage: make TARGET [NAME=value …] [ARGS='--setting value …']"
@@ -56,8 +56,8 @@ ingest: setup ## CATALOG=… OUT=…: licensed catalogue to shards (safe to run 
 train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=…: train, or resume the same RUN
 	$(BIN)/python -m training.train --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/$(SIZE))" $(ARGS)
 
-generate: setup ## PROMPT="…" DURATION=10 [MODEL=… OUT=… SEED=…]: text to wav
-	$(BIN)/python -m musicgen.generate --model "$(or $(MODEL),demo)" --duration "$(DURATION)" --seed "$(SEED)" --out "$(or $(OUT),out.wav)" $(ARGS)
+generate: setup ## PROMPT="…" DURATION=10 [MODEL=… OUT=… SEED=… MELODY=… AUDIO=… STREAM=1]: text to wav
+	$(BIN)/python -m musicgen.generate --model "$(or $(MODEL),demo)" --duration "$(DURATION)" --seed "$(SEED)" --out "$(or $(OUT),out.wav)" $(if $(MELODY),--melody "$(MELODY)") $(if $(AUDIO),--prompt_audio "$(AUDIO)") $(if $(STREAM),--stream true) $(ARGS)
 
 codec: setup ## [SIZE=demo|32khz] DATA=… RUN=…: train an EnCodec from a catalogue
 	$(BIN)/python -m training.codec.train --size "$(SIZE)" --data "$(or $(DATA),$(MUSIC)/catalog.jsonl)" --run "$(or $(RUN),runs/codec-$(SIZE))" $(ARGS)
@@ -71,12 +71,18 @@ check: dev ## ruff, mypy, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check-music: setup ## [MODEL=… DATA=…]: does the model make music, and the music asked for?
+check-bench-generate: setup ## [SIZE=300m]: speed of generation beside transformers', and what int8 weights cost
+	$(BIN)/python -m benchmarks.generate --size "$(if $(filter command,$(origin SIZE)),$(SIZE),300m)" $(ARGS)
+
+music: setup ## [MODEL=… DATA=…]: does the model make music, and the music asked for?
 	$(BIN)/python -m training.music_check --model "$(or $(MODEL),demo)" --data "$(or $(DATA),$(DEMO)/data)" $(ARGS)
 
 bench: setup ## speed of ingest by stage and of training, as tables (keep the machine otherwise idle)
 	$(BIN)/python -m benchmarks.ingest
 	$(BIN)/python -m benchmarks.training
+
+bench-generate: setup ## [SIZE=300m]: speed of generation beside transformers', and what int8 weights cost
+	$(BIN)/python -m benchmarks.generate --size "$(if $(filter command,$(origin SIZE)),$(SIZE),300m)" $(ARGS)
 
 music: setup ## HOURS=12 MUSIC=…: render more music of the demo's kind, losslessly (needs fluidsynth and FluidR3_GM)
 	$(BIN)/python -m pipelines.demo.catalogue --hours "$(HOURS)" --out "$(MUSIC)" $(ARGS)

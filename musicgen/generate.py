@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musicgen import files, listen, memory, settings, wav
+from musicgen import files, listen, memory, settings, stems, wav
+from musicgen.chroma import NONE, chroma_bins
+from musicgen.chroma import WINDOW as CHROMA_WINDOW
 from musicgen.conditions import Conditions
 from musicgen.engine import Engine
 from musicgen.errors import UserError
@@ -56,6 +58,8 @@ class Request:
         negatives: B texts to move away from, or None for the null condition; needs a guidance other than 1.
         given: codes `[B, K, P]` that the clips begin with, such as those of `encode_audio`.
         stride_seconds: by how much a window starts after the one before; 0 takes 0.6 of the window.
+        melodies: `[B, C]` uint8, pitch classes of `chroma.chroma_bins` from the clip's start, for a model that listens
+            to a melody; a row of 255 has none.
 
     Raises:
         UserError: an empty prompt, an impossible duration or stride, an audio prompt that leaves nothing to make.
@@ -68,6 +72,7 @@ class Request:
     negatives: Sequence[str | None] | None = None
     given: Tensor | None = None
     stride_seconds: float = 0.0
+    melodies: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_duration(self.duration_seconds)
@@ -111,16 +116,32 @@ def _windows(model: MusicGen, request: Request) -> Windows:
 
 def _branches(model: MusicGen, request: Request) -> tuple[list[Conditions], Tensor | None]:
     """The conditions of each branch of the guidance, and the scale of every frame."""
-    prompted = encode_prompts(model, request.prompts)
-    negative = (
-        encode_prompts(model, request.negatives) if request.negatives is not None else prompted.without_text(model.lm)
-    )
-    same = prompted.is_null() and negative.is_null()
-    if same or not request.sampling.guides():
+    prompted = replace(encode_prompts(model, request.prompts), chroma=_chroma(model, request))
+    negative = prompted.without_text(model.lm)
+    if request.negatives is not None:
+        negative = replace(encode_prompts(model, request.negatives), chroma=prompted.chroma)
+    null, config = negative.without_melody(), request.sampling
+    if (prompted.is_null() and null.is_null()) or not config.guides():
         return [prompted], None
     seconds = torch.arange(math.ceil(request.duration_seconds * model.codec.frame_rate)) / model.codec.frame_rate
-    scale = torch.tensor([request.sampling.guidance_at(t) for t in seconds.tolist()])
-    return [prompted, negative], scale[None].to(prompted.text.device)
+    scale = torch.tensor([config.guidance_at(t) for t in seconds.tolist()], device=prompted.text.device)
+    if config.guidance_melody is None or not prompted.has_melody():
+        return [prompted, null], scale[None]
+    return [prompted, negative, null], torch.stack([scale, torch.full_like(scale, config.guidance_melody)])
+
+
+def _chroma(model: MusicGen, request: Request) -> Tensor | None:
+    """The melodies on the model's device, or none for each clip; None for a model without melody input."""
+    if model.lm.config.condition.melody:
+        given = request.melodies
+        none = torch.full((len(request.prompts), 1), NONE, dtype=torch.uint8)
+        return (none if given is None else given).to(model.lm.out_norm.weight.device)
+    if request.melodies is not None:
+        raise UserError(
+            "MELODY was given, but this model has no melody input: it was trained on text alone. Leave MELODY out, or "
+            "give the MODEL of a run with --lm.condition.melody true"
+        )
+    return None
 
 
 def codes(model: MusicGen, request: Request, progress: Progress | None = None) -> Iterator[Tensor]:
@@ -237,6 +258,9 @@ class GenerateConfig:
         duration: seconds, the audio prompt included.
         out: the WAV file to write, a path or URI; `-` writes it to standard output.
         seed: the same seed gives the same file.
+        melody: an audio file whose melody to follow, for a model that listens to one (MELODY=).
+        melody_stems: take the melody from voice and accompaniment alone, without drums and bass, as Demucs separates
+            them (the extra `stems`).
         extend_stride: seconds by which a window starts after the one before in clips longer than the training crop;
             0 takes 0.6 of the crop.
         stream: write the sound while it is being made, and say when the first was ready.
@@ -253,6 +277,8 @@ class GenerateConfig:
     negative_prompt: str = ""
     prompt_audio: str = ""
     prompt_seconds: float = 0.0
+    melody: str = ""
+    melody_stems: bool = False
     duration: float = 10.0
     out: str = "generated.wav"
     seed: int = 0
@@ -332,13 +358,35 @@ def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tup
         sound = listen.read(config.prompt_audio, codec.sample_rate, codec.channels, what="AUDIO", max_seconds=limit)
         given = encode_audio(model, sound)
         told["prompt_audio_seconds"] = given.shape[2] / codec.frame_rate
+    melodies = None
+    if config.melody:
+        melodies = _melody(model, config)
+        told["melody"] = {"stems": config.melody_stems, "frames": melodies.shape[1]}
     negatives = None
     if config.negative_prompt.strip():
         negatives = [config.negative_prompt.strip()]
         told["negative_prompt"] = negatives[0]
     return Request(
-        [prompt], config.duration, [config.seed], config.sampling, negatives, given, config.extend_stride
+        [prompt], config.duration, [config.seed], config.sampling, negatives, given, config.extend_stride, melodies
     ), told
+
+
+def _melody(model: MusicGen, config: GenerateConfig) -> Tensor:
+    """Pitch classes `[1, C]` of the melody file."""
+    rate = model.codec.sample_rate
+    if config.melody_stems:
+        sound = stems.melody(listen.read(config.melody, stems.SAMPLE_RATE, 2, what="MELODY"), rate)
+    else:
+        sound = listen.read(config.melody, rate, 1, what="MELODY")[0]
+    if len(sound) < CHROMA_WINDOW:
+        raise UserError(
+            f"MELODY={config.melody!r} is {len(sound) / rate:.2f} s long; a melody needs at least "
+            f"{CHROMA_WINDOW / rate:.2f} s, one window of the chromagram"
+        )
+    bins = torch.from_numpy(chroma_bins(sound, rate))[None]
+    if bool((bins == NONE).all()):
+        raise UserError(f"MELODY={config.melody!r} is silent throughout; give a recording with a melody")
+    return bins
 
 
 def _generate_with_bar(model: MusicGen, request: Request) -> Tensor:

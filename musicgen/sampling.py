@@ -32,6 +32,8 @@ class SamplingConfig:
         top_p: keep the likeliest codes up to this total probability; 0 switches it off; when set, it replaces top_k.
         temperature: 1 samples from the model's distribution, lower is safer, 0 always takes the likeliest code.
         guidance: how far to go from the unconditional prediction towards the prompt's; 1 is none.
+        guidance_melody: a scale of its own for the melody, `guidance` being that of the text; none guides by both
+            together.
         guidance_over_time: pairs of second and scale, such as [[0, 6], [10, 2]], between which the scale goes
             straight and outside of which it stays; replaces `guidance`.
     """
@@ -40,6 +42,7 @@ class SamplingConfig:
     top_p: float = 0.0
     temperature: float = 1.0
     guidance: float = 3.0
+    guidance_melody: float | None = None
     guidance_over_time: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
@@ -51,6 +54,10 @@ class SamplingConfig:
             raise ValueError(f"temperature is {self.temperature}; give 0 (likeliest code) or more, such as 1.0")
         if not (self.guidance >= 0.0 and math.isfinite(self.guidance)):
             raise ValueError(f"guidance is {self.guidance}; give 0 or more, such as 3.0 (1 is no guidance)")
+        if self.guidance_melody is not None and not (
+            self.guidance_melody >= 0.0 and math.isfinite(self.guidance_melody)
+        ):
+            raise ValueError(f"guidance_melody is {self.guidance_melody}; give 0 or more, or leave it out")
         points = tuple((float(second), float(scale)) for second, scale in self.guidance_over_time)
         object.__setattr__(self, "guidance_over_time", points)  # YAML and JSON give lists
         seconds = [second for second, _ in points]
@@ -63,6 +70,7 @@ class SamplingConfig:
     def guides(self) -> bool:
         """Whether any scale differs from 1."""
         scales = [scale for _, scale in self.guidance_over_time] or [self.guidance]
+        scales += [self.guidance_melody] if self.guidance_melody is not None else []
         return any(scale != 1.0 for scale in scales)
 
     def guidance_at(self, seconds: float) -> float:

@@ -14,38 +14,16 @@ import torch
 
 from musicgen import codec as codecs
 from musicgen import generate, patterns, wav, weights
-from musicgen.conditioning import TextEncoder
 from musicgen.conditions import Conditions
-from musicgen.config import ConditionConfig, LMConfig
 from musicgen.engine import Engine
 from musicgen.errors import UserError
-from musicgen.lm import MusicLM
 from musicgen.sampling import SamplingConfig
-
-CONFIG = LMConfig(dim=64, num_layers=2, num_heads=2, condition=ConditionConfig("minilm", 384))
+from tests.musicgen.small_model import write_release
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release of a random model whose text matters, with a random codec beside it."""
-    folder = tmp_path_factory.mktemp("model")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        small = codecs.build(codecs.CodecConfig(num_filters=4, hidden_size=16, ratios=(4, 4, 5, 8), num_lstm_layers=1))
-        for layer in small.quantizer.layers:
-            layer.codebook.embed.normal_(std=0.1)
-        codecs.save(small, folder / "codec")
-        lm = MusicLM(CONFIG)
-        lm.text_projection.weight.data.mul_(20)
-    codec = codecs.load(folder / "codec")
-    encoder = TextEncoder.load("minilm")
-    info = {
-        "codec": {"name": codec.name, "identity": codec.identity},
-        "text_encoder": {"name": "minilm", "identity": encoder.identity},
-        "training": {"step": 0, "data_version": "d1", "crop_seconds": 1.0},
-        "licence": "Apache-2.0",
-    }
-    return weights.save_release(folder / "release", lm, info)
+    return write_release(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
