@@ -71,10 +71,7 @@ check: dev ## ruff, mypy, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check-bench-generate: setup ## [SIZE=300m]: speed of generation beside transformers', and what int8 weights cost
-	$(BIN)/python -m benchmarks.generate --size "$(if $(filter command,$(origin SIZE)),$(SIZE),300m)" $(ARGS)
-
-music: setup ## [MODEL=… DATA=…]: does the model make music, and the music asked for?
+check-music: setup ## [MODEL=… DATA=…]: does the model make music, and the music asked for?
 	$(BIN)/python -m training.music_check --model "$(or $(MODEL),demo)" --data "$(or $(DATA),$(DEMO)/data)" $(ARGS)
 
 bench: setup ## speed of ingest by stage and of training, as tables (keep the machine otherwise idle)

@@ -31,8 +31,8 @@ def load() -> Any:
         from demucs.pretrained import get_model
     except ImportError:
         raise UserError(
-            "melody_stems needs the package demucs, which is not installed; run `pip install 'demucs>=4.1,<5'` (the extra "
-            "`stems`), or leave --melody_stems out to take the melody from the whole mix"
+            "melody_stems needs the package demucs, which is not installed; run `pip install 'demucs>=4.1,<5'` "
+            "(the extra `stems`), or leave --melody_stems out to take the melody from the whole mix"
         ) from None
     try:
         return get_model(MODEL)
