@@ -5,8 +5,9 @@ trainer, and any hub name, loads the same way. A codec is known by its `identity
 codes and sound and of the settings that shape them; shards and releases carry it, and mixing codecs is refused by name.
 
 Weights are stored as float16 without the running statistics of codebook training, and used in float32. Whole tracks
-are encoded in overlapping windows whose context is thrown away, one window at a time, so that a track's codes depend
-on the track alone. Architecture: Défossez et al. 2022; settings of the 32 kHz model: Copet et al. 2023, section 3.
+are encoded in overlapping windows whose context is thrown away, and never together with another track, so that a
+track's codes depend on the track alone. Encoding runs in `musicgen.seanet`, decoding in `transformers`. Architecture:
+Défossez et al. 2022; settings of the 32 kHz model: Copet et al. 2023, section 3.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from musicgen import seanet
 from musicgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,8 +31,9 @@ if TYPE_CHECKING:
 
 DEMO_FOLDER = Path(__file__).parent / "assets" / "codec"
 TRAINING_BUFFERS = (".inited", ".cluster_size", ".embed_avg")
-WINDOW_FRAMES = 500
-CONTEXT_FRAMES = 50
+WINDOW_FRAMES = 1000
+CONTEXT_FRAMES = 200
+PIECE_WINDOWS = 16
 
 
 @dataclass(frozen=True)
@@ -142,10 +145,12 @@ class Codec:
         self.frame_rate: int = config.frame_rate
         self.num_codebooks: int = config.num_quantizers
         self.codebook_size: int = config.codebook_size
+        self.encoder = seanet.Encoder(self.model, self.num_codebooks)
 
     def to(self, device: str | torch.device) -> Codec:
         """Move the network; returns self."""
         self.model.to(device)  # type: ignore[arg-type]
+        self.encoder = seanet.Encoder(self.model, self.num_codebooks)
         return self
 
     @property
@@ -160,14 +165,20 @@ class Codec:
         Raises:
             UserError: wrong number of channels, no samples, or samples that are not finite.
         """
+        wave = self._checked(audio).to(self.device, torch.float32)
+        if wave.shape[-1] < seanet.SHORT_FRAMES * self.hop:
+            return self.encoder.quantise(self.model.encoder(wave))
+        return self.encoder.quantise(self.encoder.latents(wave))
+
+    def _checked(self, audio: Tensor) -> Tensor:
+        """`audio` itself when it is `[B, C, N ≥ 1]` and finite."""
         if audio.ndim != 3 or audio.shape[1] != self.channels or audio.shape[2] == 0:
             raise UserError(
                 f"codec {self.name!r} takes audio [batch, {self.channels}, samples ≥ 1]; got shape {list(audio.shape)}"
             )
         if not bool(torch.isfinite(audio).all()):
             raise UserError("the audio holds samples that are not finite (NaN or infinity); repair it or leave it out")
-        latents = self.model.encoder(audio.to(self.device, torch.float32))
-        return self.model.quantizer.encode(latents, None).transpose(0, 1)
+        return audio
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -197,28 +208,36 @@ class Codec:
         """Quantised latents of codes `[B, K, T]`: `[B, H, T]` float32, the decoder's input."""
         return self.model.quantizer.decode(codes.to(self.device).transpose(0, 1))
 
+    @torch.no_grad()
     def encode_track(
         self, audio: np.ndarray, *, window_frames: int = WINDOW_FRAMES, context_frames: int = CONTEXT_FRAMES
     ) -> np.ndarray:
         """A whole track `[C, N]` float32 to codes `[K, ceil(N / hop)]` int16, in windows with context thrown away.
 
-        Each window holds `window_frames` kept frames and up to `context_frames` on either side. Windows are encoded
-        one by one: the codes depend on the track and these two numbers, never on what else is being encoded.
+        The convolutions are computed as for the whole track; the LSTM starts anew for each window of `window_frames`,
+        `context_frames` before it. The windows of one track pass it together, 16 at a time: the codes depend on the
+        track and these two numbers, never on what else is being encoded.
+
+        Raises:
+            UserError: as `encode`, and for a window without frames.
         """
-        total = -(-audio.shape[-1] // self.hop)
-        parts: list[np.ndarray] = []
-        wave = torch.from_numpy(np.ascontiguousarray(audio, dtype=np.float32))
-        for start in range(0, total, window_frames):
-            stop = min(start + window_frames, total)
-            if total - stop < context_frames:  # a last sliver is encoded with its neighbour
+        if window_frames < 1 or context_frames < 0:
+            raise UserError(f"a window keeps ≥ 1 frames after ≥ 0 of context; got {window_frames} and {context_frames}")
+        wave = self._checked(torch.from_numpy(np.ascontiguousarray(audio, dtype=np.float32))[None])
+        total = -(-wave.shape[-1] // self.hop)
+        if total < seanet.SHORT_FRAMES:
+            return self.encode(wave)[0].to(torch.int16).cpu().numpy()
+        margin, parts, start = self.encoder.margin_frames, [], 0
+        while start < total:
+            stop = start + PIECE_WINDOWS * window_frames
+            if total - stop < window_frames:  # a last sliver is encoded with its neighbour
                 stop = total
-            first, last = max(0, start - context_frames), min(total, stop + context_frames)
-            codes = self.encode(wave[None, :, first * self.hop : last * self.hop])[0]
-            parts.append(codes[:, start - first : stop - first].to(torch.int16).cpu().numpy())
-            if stop == total:
-                break
-        if not parts:
-            raise UserError("the track has no samples")
+            first, last = max(0, start - context_frames - margin), min(total, stop + margin)
+            piece = wave[..., first * self.hop : last * self.hop].to(self.device)
+            latents = self.encoder.latents_in_windows(piece, window_frames, context_frames)
+            codes = self.encoder.quantise(latents[..., start - first : stop - first])[0]
+            parts.append(codes.to(torch.int16).cpu().numpy())
+            start = stop
         return np.concatenate(parts, axis=1)
 
 

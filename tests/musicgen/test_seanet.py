@@ -1,0 +1,106 @@
+"""The fast encoder is the encoder of `transformers`: every shape it can take, whatever the blocks and segments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import EncodecConfig, EncodecModel
+
+from musicgen import codec as codecs
+from musicgen import seanet
+
+
+def network(**other: Any) -> EncodecModel:
+    """A small network with random weights and codebooks of the latents' size; `other` changes its settings."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "target_bandwidths": [2.2], "sampling_rate": 32_000, "num_filters": 4, "hidden_size": 16, "codebook_size": 2048,
+        "upsampling_ratios": [4, 4, 5, 8], "use_causal_conv": False, "use_conv_shortcut": False, "num_lstm_layers": 1,
+    }  # fmt: skip
+    model = EncodecModel(EncodecConfig(**(settings | other))).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    for layer in model.quantizer.layers:
+        layer.codebook.embed.normal_(std=0.3)
+    return model
+
+
+def music(batch: int, channels: int, samples: int) -> torch.Tensor:
+    """Noise that is not white: `[B, C, N]`."""
+    generator = torch.Generator().manual_seed(samples)
+    return torch.randn(batch, channels, samples, generator=generator).cumsum(-1).remainder(0.7) - 0.35
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "32 kHz": {},
+    "two LSTM layers, strides of the paper": {"num_lstm_layers": 2, "upsampling_ratios": [8, 5, 4, 4]},
+    "stereo": {"audio_channels": 2},
+    "24 kHz": {"use_causal_conv": True, "use_conv_shortcut": True, "sampling_rate": 24_000, "codebook_size": 1024,
+               "upsampling_ratios": [8, 5, 4, 2], "target_bandwidths": [1.5, 3.0]},
+    "dilated residual blocks": {"num_residual_layers": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_it_is_the_network_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network(**VARIANTS[name])
+    audio = music(2, model.config.audio_channels, 40_123)
+    with torch.no_grad():
+        expected = model.encoder(audio)
+        expected_codes = model.quantizer.encode(expected, None).transpose(0, 1)
+    codec = codecs.Codec(model, name)
+    with torch.no_grad():
+        for block, segment in ((1 << 19, 1000), (4_000, 60)):
+            monkeypatch.setattr(seanet, "BLOCK_ELEMENTS", block)
+            monkeypatch.setattr(seanet, "SEGMENT_FRAMES", {"cpu": segment})
+            latents = codec.encoder.latents(audio)
+            assert torch.allclose(latents, expected, atol=1e-4 * float(expected.abs().max())), (block, segment)
+    codes = codec.encode(audio)
+    assert codes.shape == expected_codes.shape and codes.dtype == torch.int64
+    assert (codes == expected_codes).float().mean() > 0.995
+
+
+@pytest.mark.parametrize("samples", [1, 2, 639, 640, 641, 3_000, 9_999, 10_240, 10_241, 13_333, 20_480])
+def test_short_audio_and_odd_ends(samples: int) -> None:
+    model = network()
+    audio = music(1, 1, samples)
+    with torch.no_grad():
+        expected = model.encode(audio).audio_codes[0]
+    codec = codecs.Codec(model, "small")
+    codes = codec.encode(audio)
+    assert codes.shape == expected.shape == (1, 4, -(-samples // 640))
+    assert (codes == expected).float().mean() > 0.98
+    assert (codec.encode_track(audio[0].numpy()) == codes[0].numpy()).mean() > 0.98
+
+
+def test_the_nearest_entry_and_the_first_of_equals() -> None:
+    scores = torch.randn(300, 2048)
+    scores[:, 1000] = scores[:, 1900] = 9.0
+    assert torch.equal(seanet._argmax(scores), torch.full((300,), 1000))
+    scores = torch.randn(300, 2048)
+    assert torch.equal(seanet._argmax(scores), scores.argmax(1))
+    assert torch.equal(seanet._argmax(scores[:, :1000].contiguous()), scores[:, :1000].argmax(1))
+
+
+def test_an_item_is_encoded_as_if_alone() -> None:
+    codec = codecs.Codec(network(), "small")
+    audio = music(3, 1, 50_000)
+    together = codec.encode(audio)
+    alone = torch.cat([codec.encode(item[None]) for item in audio])
+    assert (together == alone).float().mean() > 0.995
+
+
+def test_windows_meet_without_a_seam() -> None:
+    """Away from the LSTM's memory, which starts anew, windows and pieces are the whole track: no convolution shows."""
+    codec = codecs.Codec(network(), "small")
+    for name, parameter in codec.encoder.lstm.named_parameters():
+        if name.startswith("weight_hh"):
+            parameter.zero_()
+        if name.startswith("bias_hh"):  # the forget gate shuts: no memory is left
+            parameter[16 * 4 : 2 * 16 * 4] = -50.0
+    audio = music(1, 1, 640 * 700 + 77)
+    whole = codec.encode(audio)[0].numpy()
+    assert (codec.encode_track(audio[0].numpy(), window_frames=13, context_frames=1) == whole).mean() > 0.999
