@@ -35,7 +35,7 @@ from musicgen.model import MusicGen, encode_prompts, hints, load
 from musicgen.packing import Precision
 from musicgen.sampling import SamplingConfig
 from musicgen.stream_decoder import StreamDecoder, decode_long
-from musicgen.windows import Windows, stream_codes
+from musicgen.windows import Windows, margin_of, stream_codes
 
 __all__ = ["GenerateConfig", "MusicGen", "Request", "codes", "encode_prompts", "generate", "hints", "load", "stream"]
 
@@ -98,7 +98,8 @@ def _windows(model: MusicGen, request: Request) -> Windows:
     rate = model.codec.frame_rate
     total = max(1, math.ceil(request.duration_seconds * rate - 1e-6))
     trained = model.trained_seconds
-    window = min(round(trained * rate), total) if trained else total
+    margin = margin_of(model.lm.config)
+    window = min(round(trained * rate) - margin, total) if trained else total
     if request.given is not None and request.given.shape[2] >= total:
         raise UserError(
             f"the audio prompt is {request.given.shape[2] / rate:g} s long and DURATION={request.duration_seconds:g} "
@@ -111,7 +112,7 @@ def _windows(model: MusicGen, request: Request) -> Windows:
             "that the model takes at a time"
         )
     window = max(window, 2)
-    return Windows(total, window, min(stride, window - 1), rate, model.codec.sample_rate)
+    return Windows(total, window, min(stride, window - 1), rate, model.codec.sample_rate, margin)
 
 
 def _branches(model: MusicGen, request: Request) -> tuple[list[Conditions], Tensor | None]:

@@ -41,7 +41,9 @@ def check(engine: Engine, codec: Codec, batch: int, branches: int, windows: Wind
     Raises:
         UserError: names what is needed and what is free.
     """
-    caches = cache_bytes(engine, bucket(batch) * branches, windows.window + engine.config.num_codebooks)
+    caches = cache_bytes(
+        engine, bucket(batch) * branches, windows.window + windows.margin + engine.config.num_codebooks
+    )
     sound = round(seconds * codec.sample_rate) * codec.channels * 4 * batch * _SOUND_COPIES
     for needed, device in ((caches, engine.device), (sound, torch.device("cpu"))):
         free = free_bytes(device)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from musicgen import patterns
 from musicgen.conditions import Conditions
+from musicgen.config import LMConfig
 from musicgen.engine import Engine
 from musicgen.sampler import UNKNOWN, Sampler
 from musicgen.sampling import SamplingConfig
@@ -29,9 +30,10 @@ class Windows:
 
     Attributes:
         total: frames of the clip.
-        window: longest window in frames.
+        window: frames of a window.
         stride: frames by which a window starts after the one before, below `window`.
         frame_rate, sample_rate_hz: of the codec.
+        margin: frames that a window has beyond those it gives; see `margin_of`.
     """
 
     total: int
@@ -39,6 +41,7 @@ class Windows:
     stride: int
     frame_rate: float
     sample_rate_hz: int
+    margin: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.stride < self.window:
@@ -47,6 +50,16 @@ class Windows:
     def start_after(self, done: int) -> int:
         """First frame of the window that goes on after `done` frames."""
         return 0 if done < self.window else done - (self.window - self.stride)
+
+
+def margin_of(lm: LMConfig) -> int:
+    """Frames by which the window of a model must be longer than what it gives.
+
+    With the reference's tail the columns that only delays need are never trained, yet hold codes of the last frames,
+    which then are noise: a window stays clear of them.
+    """
+    lengths = [patterns.num_columns(8, lm.num_codebooks, pattern=lm.pattern, tail=t) for t in ("full", lm.tail)]
+    return lengths[0] - lengths[1]
 
 
 def stream_codes(
@@ -74,23 +87,19 @@ def stream_codes(
     done = tail.shape[2]
     if done:
         yield tail
-    # Columns that only delays need are never trained with the reference's tail: stay clear of them.
-    margin = 0
-    if lm.tail == "reference":
-        whole = patterns.num_columns(windows.window, books, pattern=lm.pattern)
-        margin = whole - patterns.num_columns(windows.window, books, pattern=lm.pattern, tail="reference")
     sampler = Sampler(
-        engine, branches, seeds, config, min(windows.window, total + margin),
+        engine, branches, seeds, config, min(windows.window, total) + windows.margin,
         frame_rate=windows.frame_rate, sample_rate_hz=windows.sample_rate_hz, scales=scales,
     )  # fmt: skip
     while done < total:
         start = windows.start_after(done)
         known = done - start
-        frames = min(windows.window, total + margin - start)
-        codes = torch.full((len(seeds), books, frames), UNKNOWN, dtype=torch.long, device=engine.device)
+        last = min(windows.window, total - start)
+        shape = (len(seeds), books, last + windows.margin)
+        codes = torch.full(shape, UNKNOWN, dtype=torch.long, device=engine.device)
         codes[..., :known] = tail[..., tail.shape[2] - known :]
         sampler.begin(codes, offset=start)
-        emitted, last = known, min(frames - margin, total - start)
+        emitted = known
         while True:
             complete = min(sampler.frames, last)
             if complete > emitted:

@@ -1,0 +1,81 @@
+"""What a user hands in: any audio file is read, anything else refused in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from musicgen import codec as codecs
+from musicgen import listen, stems
+from musicgen.errors import UserError
+
+CATALOGUE = codecs.DEMO_FOLDER.parent / "catalogue" / "audio"
+
+
+@pytest.mark.parametrize(
+    "name", ["demo-0001.opus", "demo-0002.m4a", "demo-0004.ogg", "demo-0006.mp3", "demo-0033.flac"]
+)
+def test_formats(name: str) -> None:
+    sound = listen.read(str(CATALOGUE / name), 32_000, 1, what="MELODY", max_seconds=2.0)
+    assert sound.shape == (1, 64_000) and sound.dtype == np.float32
+    assert 0.01 < np.abs(sound).max() < 1.5
+
+
+def test_rate_and_channels(tmp_path: Path) -> None:
+    t = np.arange(22_050) / 22_050
+    left, right = np.sin(2 * np.pi * 440 * t), np.zeros_like(t)
+    soundfile.write(tmp_path / "stereo.wav", np.stack([left, right], axis=1), 22_050, subtype="FLOAT")
+    mono = listen.read(str(tmp_path / "stereo.wav"), 32_000, 1, what="AUDIO")[0]
+    assert len(mono) == 32_000
+    assert np.argmax(np.abs(np.fft.rfft(mono))) == 440 and np.abs(mono).max() == pytest.approx(0.5, abs=0.02)
+    assert listen.read(str(tmp_path / "stereo.wav"), 22_050, 2, what="AUDIO").shape == (2, 22_050)
+
+
+def test_what_is_not_audio_is_refused_in_words(tmp_path: Path) -> None:
+    text = tmp_path / "notes.mp3"
+    text.write_text("do re mi\n" * 200)
+    with pytest.raises(UserError, match=r"MELODY='.*notes.mp3' is not audio that can be read .*give an audio file"):
+        listen.read(str(text), 32_000, 1, what="MELODY")
+    with pytest.raises(UserError, match=r"AUDIO='.*gone.wav' does not exist; give an audio file"):
+        listen.read(str(tmp_path / "gone.wav"), 32_000, 1, what="AUDIO")
+    with pytest.raises(UserError, match="cannot be read"):
+        listen.read(str(tmp_path), 32_000, 1, what="AUDIO")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 32_000)
+    with pytest.raises(UserError, match="no sound"):
+        listen.read(str(tmp_path / "empty.wav"), 32_000, 1, what="AUDIO")
+    soundfile.write(tmp_path / "nan.wav", np.full(32_000, np.nan), 32_000, subtype="FLOAT")
+    with pytest.raises(UserError, match="not finite"):
+        listen.read(str(tmp_path / "nan.wav"), 32_000, 1, what="AUDIO")
+
+
+def test_playlists_open_nothing(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "secret.wav", np.zeros(32_000), 32_000)
+    for name, text in (
+        ("list.ffconcat", f"ffconcat version 1.0\nfile {tmp_path / 'secret.wav'}\n"),
+        ("list.m3u8", f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{tmp_path / 'secret.wav'}\n#EXT-X-ENDLIST\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match="not audio"):
+            listen.read(str(tmp_path / name), 32_000, 1, what="AUDIO")
+
+
+def test_a_cut_file_gives_what_it_holds(tmp_path: Path) -> None:
+    raw = (CATALOGUE / "demo-0006.mp3").read_bytes()
+    (tmp_path / "cut.mp3").write_bytes(raw[: len(raw) // 3])
+    assert listen.read(str(tmp_path / "cut.mp3"), 32_000, 1, what="AUDIO").shape[1] > 32_000
+
+
+def test_stems_need_demucs_and_say_so() -> None:
+    try:
+        import demucs  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match=r"melody_stems needs the package demucs.*leave --melody_stems out"):
+            stems.melody(np.zeros((2, 44_100), np.float32), 32_000)
+    else:
+        from demucs.htdemucs import HTDemucs
+
+        small = HTDemucs(["drums", "bass", "other", "vocals"], channels=4, depth=4, nfft=1024, t_layers=0).eval()
+        assert stems.melody(np.zeros((2, 44_100), np.float32), 32_000, small).shape == (32_000,)
