@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 
 from musicgen import settings
+from training.strategy import HardwareConfig
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class BenchConfig:
         size: demo, 300m, 1.5b or 3.3b.
         data: data set; made up when empty.
         steps: steps of the measured run; the first fifth is left out.
-        precision: bf16 or float32.
+        precision: bf16, float32, or auto: what training itself would take here.
         batch: items per step; 0 takes the size's own.
         json: also write the result to this file.
     """
@@ -40,9 +41,14 @@ class BenchConfig:
     size: str = "demo"
     data: str = ""
     steps: int = 30
-    precision: Literal["bf16", "float32"] = "bf16"
+    precision: Literal["auto", "bf16", "float32"] = "auto"
     batch: int = 0
     json: str = ""
+
+    @property
+    def number_format(self) -> str:
+        """The precision that is measured."""
+        return HardwareConfig(precision=self.precision).number_format
 
 
 def measure_run(config: BenchConfig, data: str, folder: Path) -> dict[str, float]:
@@ -105,7 +111,7 @@ def measure_parts(config: BenchConfig, data: str, repeats: int = 5) -> dict[str,
         batch = timed("read and collate", stream.batch, step, 0).to(device)
         text, mask = timed("text encoder", encoder.encode, batch.texts)
         inputs, targets, scored = timed("delay pattern", columns, batch)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.number_format == "bf16"):
             hidden = timed("layers forward", lm.hidden, inputs, text, mask)
             heads: Any = list(lm.linears)
             sums = timed("heads, loss, their gradient", loss.cross_entropy_sums, hidden, heads, targets, scored)
@@ -118,7 +124,7 @@ def measure_parts(config: BenchConfig, data: str, repeats: int = 5) -> dict[str,
 def table(config: BenchConfig, run: dict[str, float], parts: dict[str, float]) -> str:
     """Both measurements as text."""
     whole = sum(parts.values())
-    lines = [f"training, size {config.size}, {config.precision}, {torch.get_num_threads()} threads", ""]
+    lines = [f"training, size {config.size}, {config.number_format}, {torch.get_num_threads()} threads", ""]
     lines += [f"  {'part of a step':<34}{'ms':>9}{'share':>9}"]
     lines += [f"  {part:<34}{1e3 * value:>9.1f}{value / whole:>9.1%}" for part, value in parts.items()]
     lines += [f"  {'sum':<34}{1e3 * whole:>9.1f}", ""]

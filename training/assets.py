@@ -6,7 +6,8 @@ Ten hours of music of the demo's kind are rendered, the codec is trained on them
 demo model is trained on those and measured, and `musicgen/assets/figures.json` keeps what was measured, so that a test
 can tell when an asset and its figures part. Whoever changes the codec or the demo music runs this. Every step is one of
 our own commands, which skips what is already whole; a step's stamp in the work folder keeps a hash of what it started
-from. On two CPU cores the whole takes some hours, nearly all of it in the two trainings.
+from: another codec makes other tokens, another model, other figures. On two CPU cores the whole takes some hours,
+nearly all of it in the two trainings.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from musicgen import settings
+from musicgen import codec as codecs
+from musicgen import settings, weights
 from musicgen.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = ROOT / "musicgen" / "assets"
+CATALOGUE = codecs.DEMO_FOLDER.parent / "catalogue"
 CODEC_BYTES_AT_MOST = 8_000_000
 MODELS_BYTES_AT_MOST = 14_000_000
 
@@ -40,6 +42,9 @@ class AssetsConfig:
         codec_steps: steps of the codec's training.
         model_steps: steps of the demo model's training.
         embedded: also render the embedded catalogue anew (its bytes depend on the fluidsynth that is installed).
+        shipped: where what ships is put.
+        codec_config: settings of the codec's training.
+        model_config: settings of the demo model's training, on top of those of its size.
         only: do just these steps (music, codec, tokens, model, figures); empty for all.
     """
 
@@ -47,8 +52,11 @@ class AssetsConfig:
     hours: float = 12.0
     music_seed: int = 1
     codec_steps: int = 5400
-    model_steps: int = 1700
+    model_steps: int = 1400
     embedded: bool = False
+    shipped: str = "musicgen/assets"
+    codec_config: str = "configs/codec/demo.yaml"
+    model_config: str = "configs/train/demo-long.yaml"
     only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -58,6 +66,16 @@ class AssetsConfig:
 
 
 STEPS = ("music", "codec", "tokens", "model", "figures")
+
+
+def _shipped(config: AssetsConfig) -> Path:
+    return ROOT / config.shipped  # an absolute path stands for itself
+
+
+def _codec_name(config: AssetsConfig) -> str:
+    """What the tokens' manifest calls the codec: `demo` where it ships with the program, else its folder."""
+    folder = _shipped(config) / "codec"
+    return "demo" if folder == codecs.DEMO_FOLDER else str(folder)
 
 
 def _command(module: str, *words: str) -> None:
@@ -87,7 +105,7 @@ def _size(folder: Path) -> int:
 def music(config: AssetsConfig, work: Path) -> None:
     """Render the ten hours, and the embedded catalogue when asked."""
     if config.embedded:
-        _command("pipelines.demo.catalogue", "--embedded", "--out", str(SHIPPED / "catalogue"))
+        _command("pipelines.demo.catalogue", "--embedded", "--out", str(CATALOGUE))
     _command(
         "pipelines.demo.catalogue", "--out", str(work / "music"), "--hours", f"{config.hours:g}",
         "--seed", str(config.music_seed),
@@ -97,19 +115,20 @@ def music(config: AssetsConfig, work: Path) -> None:
 def codec(config: AssetsConfig, work: Path) -> None:
     """Train the codec and ship its best averaged weights."""
     _command(
-        "training.codec.train", "--config", str(ROOT / "configs/codec/demo.yaml"), "--data",
+        "training.codec.train", "--config", str(ROOT / config.codec_config), "--data",
         str(work / "music" / "catalog.jsonl"), "--run", str(work / "codec"), "--steps", str(config.codec_steps),
     )  # fmt: skip
-    _ship(work / "codec" / "release", SHIPPED / "codec", ("config.json", "model.safetensors"))
-    if _size(SHIPPED / "codec") > CODEC_BYTES_AT_MOST:
-        raise UserError(f"the codec has {_size(SHIPPED / 'codec'):,} bytes; at most {CODEC_BYTES_AT_MOST:,} ship")
+    target = _shipped(config) / "codec"
+    _ship(work / "codec" / "release", target, ("config.json", "model.safetensors"))
+    if _size(target) > CODEC_BYTES_AT_MOST:
+        raise UserError(f"the codec has {_size(target):,} bytes; at most {CODEC_BYTES_AT_MOST:,} ship")
 
 
 def tokens(config: AssetsConfig, work: Path) -> None:
     """Turn the ten hours into shards with the shipped codec."""
     _command(
         "pipelines.ingest", "--config", str(ROOT / "configs/ingest/demo.yaml"), "--catalog",
-        str(work / "music" / "catalog.jsonl"), "--out", str(work / "tokens"), "--codec", "demo",
+        str(work / "music" / "catalog.jsonl"), "--out", str(work / "tokens"), "--codec", _codec_name(config),
     )  # fmt: skip
 
 
@@ -117,29 +136,49 @@ def model(config: AssetsConfig, work: Path) -> None:
     """Train the demo model for longer and ship the step with the lowest validation loss."""
     _command(
         "training.train", "--size", "demo", "--data", str(work / "tokens"), "--run", str(work / "model"),
-        "--config", str(ROOT / "configs/train/demo-long.yaml"), "--steps", str(config.model_steps),
+        "--config", str(ROOT / config.model_config), "--steps", str(config.model_steps),
     )  # fmt: skip
-    _ship(work / "model" / "release", SHIPPED / "model", ("config.json", "model.safetensors"))
-    both = _size(SHIPPED / "codec") + _size(SHIPPED / "model")
+    shipped = _shipped(config)
+    _ship(work / "model" / "release", shipped / "model", ("config.json", "model.safetensors"))
+    both = _size(shipped / "codec") + _size(shipped / "model")
     if both > MODELS_BYTES_AT_MOST:
         raise UserError(f"codec and model have {both:,} bytes together; at most {MODELS_BYTES_AT_MOST:,} ship")
 
 
 def figures(config: AssetsConfig, work: Path) -> None:
     """Measure what ships and keep the figures beside it."""
-    embedded = str(SHIPPED / "catalogue" / "catalog.jsonl")
+    shipped = _shipped(config)
     codec_json, music_json = work / "codec.json", work / "music_check.json"
-    _command("training.codec.evaluate", "--data", embedded, "--cache", str(work / "eval-pcm"), "--out", str(codec_json))
-    _command("training.music_check", "--model", "demo", "--data", str(work / "tokens"), "--out", str(music_json))
+    _command(
+        "training.codec.evaluate", "--codec", _codec_name(config), "--data", str(CATALOGUE / "catalog.jsonl"),
+        "--cache", str(work / "eval-pcm"), "--out", str(codec_json),
+    )  # fmt: skip
+    model_name = "demo" if shipped / "model" == weights.DEMO else str(shipped / "model")
+    _command("training.music_check", "--model", model_name, "--data", str(work / "tokens"), "--out", str(music_json))
     kept = {
         "codec": json.loads(codec_json.read_text()),
         "music_check": json.loads(music_json.read_text()),
         "sha256": {
-            name: hashlib.sha256((SHIPPED / name / "model.safetensors").read_bytes()).hexdigest()
+            name: hashlib.sha256((shipped / name / "model.safetensors").read_bytes()).hexdigest()
             for name in ("codec", "model")
         },
     }
-    (SHIPPED / "figures.json").write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    (shipped / "figures.json").write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+
+
+def _start_of(step: str, config: AssetsConfig) -> str:
+    """Hash of what a step starts from: its settings, and the weights that it uses of those that ship."""
+    codec_weights = _shipped(config) / "codec" / "model.safetensors"
+    model_weights = _shipped(config) / "model" / "model.safetensors"
+    hours = f"{config.hours:g} h, seed {config.music_seed}"
+    parts: dict[str, tuple[str | Path, ...]] = {
+        "music": (hours, str(config.embedded)),
+        "codec": (hours, str(config.codec_steps), ROOT / config.codec_config),
+        "tokens": (hours, codec_weights, ROOT / "configs/ingest/demo.yaml"),
+        "model": (hours, codec_weights, str(config.model_steps), ROOT / config.model_config),
+        "figures": (codec_weights, model_weights),
+    }
+    return _hash(step, *(part for part in parts[step] if not isinstance(part, Path) or part.is_file()))
 
 
 def main(argv: list[str]) -> int:
@@ -150,11 +189,10 @@ def main(argv: list[str]) -> int:
     actions: dict[str, Callable[[AssetsConfig, Path], None]] = {
         "music": music, "codec": codec, "tokens": tokens, "model": model, "figures": figures,
     }  # fmt: skip
-    came_from = ""
     for name in STEPS:
-        came_from = _hash(came_from, name, repr({k: v for k, v in settings.to_dict(config).items() if k != "only"}))
         if config.only and name not in config.only:
             continue
+        came_from = _start_of(name, config)
         stamp = work / f"{name}.done"
         if stamp.is_file() and stamp.read_text() == came_from:
             print(f"{name}: already whole")
@@ -162,7 +200,8 @@ def main(argv: list[str]) -> int:
         print(f"{name} …", flush=True)
         actions[name](config, work)
         stamp.write_text(came_from)
-    print(f"shipped: {_size(SHIPPED / 'codec'):,} bytes of codec, {_size(SHIPPED / 'model'):,} bytes of model")
+    shipped = _shipped(config)
+    print(f"shipped: {_size(shipped / 'codec'):,} bytes of codec, {_size(shipped / 'model'):,} bytes of model")
     return 0
 
 
