@@ -35,7 +35,7 @@ from musicgen.model import MusicGen, encode_prompts, hints, load
 from musicgen.packing import Precision
 from musicgen.sampling import SamplingConfig
 from musicgen.stream_decoder import StreamDecoder, decode_long
-from musicgen.windows import Windows, margin_of, stream_codes
+from musicgen.windows import LENGTH_BOUND, Windows, margin_of, stream_codes
 
 __all__ = ["GenerateConfig", "MusicGen", "Request", "codes", "encode_prompts", "generate", "hints", "load", "stream"]
 
@@ -99,7 +99,9 @@ def _windows(model: MusicGen, request: Request) -> Windows:
     total = max(1, math.ceil(request.duration_seconds * rate - 1e-6))
     trained = model.trained_seconds
     margin = margin_of(model.lm.config)
-    window = min(round(trained * rate) - margin, total) if trained else total
+    fixed = bool(trained) and model.lm.config.pattern in LENGTH_BOUND
+    window = round(trained * rate) - margin if trained else total
+    window = window if fixed else min(window, total)
     if request.given is not None and request.given.shape[2] >= total:
         raise UserError(
             f"the audio prompt is {request.given.shape[2] / rate:g} s long and DURATION={request.duration_seconds:g} "
@@ -112,7 +114,7 @@ def _windows(model: MusicGen, request: Request) -> Windows:
             "that the model takes at a time"
         )
     window = max(window, 2)
-    return Windows(total, window, min(stride, window - 1), rate, model.codec.sample_rate, margin)
+    return Windows(total, window, min(stride, window - 1), rate, model.codec.sample_rate, margin, fixed)
 
 
 def _branches(model: MusicGen, request: Request) -> tuple[list[Conditions], Tensor | None]:

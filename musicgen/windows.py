@@ -34,6 +34,7 @@ class Windows:
         stride: frames by which a window starts after the one before, below `window`.
         frame_rate, sample_rate_hz: of the codec.
         margin: frames that a window has beyond those it gives; see `margin_of`.
+        fixed: every window is laid out in full length, for patterns in which a code's place depends on it.
     """
 
     total: int
@@ -42,6 +43,7 @@ class Windows:
     frame_rate: float
     sample_rate_hz: int
     margin: int = 0
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.stride < self.window:
@@ -50,6 +52,9 @@ class Windows:
     def start_after(self, done: int) -> int:
         """First frame of the window that goes on after `done` frames."""
         return 0 if done < self.window else done - (self.window - self.stride)
+
+
+LENGTH_BOUND = ("coarse_first", "musiclm")  # patterns whose later codebooks stand behind all of the first one's frames
 
 
 def margin_of(lm: LMConfig) -> int:
@@ -87,15 +92,16 @@ def stream_codes(
     done = tail.shape[2]
     if done:
         yield tail
+    longest = windows.window if windows.fixed else min(windows.window, total)
     sampler = Sampler(
-        engine, branches, seeds, config, min(windows.window, total) + windows.margin,
+        engine, branches, seeds, config, longest + windows.margin,
         frame_rate=windows.frame_rate, sample_rate_hz=windows.sample_rate_hz, scales=scales,
     )  # fmt: skip
     while done < total:
         start = windows.start_after(done)
         known = done - start
         last = min(windows.window, total - start)
-        shape = (len(seeds), books, last + windows.margin)
+        shape = (len(seeds), books, (windows.window if windows.fixed else last) + windows.margin)
         codes = torch.full(shape, UNKNOWN, dtype=torch.long, device=engine.device)
         codes[..., :known] = tail[..., tail.shape[2] - known :]
         sampler.begin(codes, offset=start)

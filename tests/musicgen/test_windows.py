@@ -113,6 +113,15 @@ def test_the_end_of_a_clip_is_as_the_middle_with_the_tail_of_the_reference(
     assert torch.equal(short, longer[..., :20]), "every code of the last frames, not only the first codebook's"
 
 
+def test_length_bound_patterns_keep_the_length_they_learned(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """With coarse first a clip of half the crop is the first half of a whole one: the same columns were made."""
+    config = replace(TEXT, pattern="coarse_first")
+    model = generate.load(write_release(tmp_path_factory.mktemp("coarse"), config, crop_seconds=0.4))
+    whole = codes(model, 0.4)
+    assert torch.equal(codes(model, 0.2), whole[..., :10])
+    assert torch.equal(codes(model, 0.7)[..., :20], whole)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_streamed_sound_is_the_sound(model: generate.MusicGen, batch: int) -> None:
     prompts, seeds = ["slow waltz", "samba", None][:batch], [1, 2, 3][:batch]

@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from musicgen import generate, patterns
+from musicgen import patterns
 from musicgen.conditioning import TextEncoder
+from musicgen.conditions import Conditions
 from musicgen.config import ConditionConfig, LMConfig
+from musicgen.engine import Engine
 from musicgen.lm import MusicLM
 from musicgen.sampling import SamplingConfig
+from musicgen.windows import Windows, stream_codes
 from pipelines.shard import ShardSet
 from tests.training.synthetic import write_dataset
 from training import data as reading
@@ -33,6 +36,18 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[int, ShardSet]:
         folder = tmp_path_factory.mktemp("data") / str(books)
         made[books] = ShardSet.open(str(write_dataset(folder, size=64, books=books, tracks=8, valid=0)))
     return made
+
+
+def generated(
+    lm: MusicLM, text: torch.Tensor, mask: torch.Tensor, seeds: list[int], config: SamplingConfig
+) -> torch.Tensor:
+    """Nine frames of each clip, guided where the settings say so."""
+    prompted = Conditions(text, mask)
+    branches = [prompted, prompted.without_text(lm)] if config.guides() else [prompted]
+    scales = torch.full((1, 9), config.guidance) if config.guides() else None
+    return torch.cat(
+        list(stream_codes(Engine(lm), branches, seeds, config, Windows(9, 9, 8, 50, 32_000), scales=scales)), 2
+    )
 
 
 @pytest.mark.parametrize("pattern", list(patterns.PATTERNS))
@@ -74,14 +89,14 @@ def test_it_learns_and_generates(pattern: str, encoder: TextEncoder, sets: dict[
     lm.eval()
     hidden, mask = encoder.encode(["slow waltz for strings", None])
     sampling = SamplingConfig(top_k=64)
-    codes = generate.generate_codes(lm, hidden, mask, 9, [1, 2], sampling)
+    codes = generated(lm, hidden, mask, [1, 2], sampling)
     assert codes.shape == (2, books, 9) and codes.min() >= 0 and codes.max() < 64
-    assert torch.equal(codes, generate.generate_codes(lm, hidden, mask, 9, [1, 2], sampling))
-    assert not torch.equal(codes[0], generate.generate_codes(lm, hidden, mask, 9, [3, 2], sampling)[0])
+    assert torch.equal(codes, generated(lm, hidden, mask, [1, 2], sampling))
+    assert not torch.equal(codes[0], generated(lm, hidden, mask, [3, 2], sampling)[0])
 
     # The loop is exact: greedy codes are what a whole forward pass over the finished layout says is likeliest.
     greedy = SamplingConfig(temperature=0.0, guidance=1.0)
-    codes = generate.generate_codes(lm, hidden, mask, 9, [1, 2], greedy)
+    codes = generated(lm, hidden, mask, [1, 2], greedy)
     inputs, targets, scored = patterns.training_columns(codes, config.special_id, pattern=pattern)
     with torch.no_grad():
         likeliest = lm(inputs, hidden, mask).argmax(dim=-1)
