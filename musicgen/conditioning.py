@@ -116,6 +116,15 @@ class TextEncoder:
         rows = torch.tensor([row_of.get(t, len(unique)) for t in stripped], device=device)
         return hidden[rows], mask[rows]
 
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest text in tokens; None where the encoder has no limit."""
+        return self._max_length
+
+    def num_tokens(self, text: str) -> int:
+        """Tokens of a text, those that the tokenizer adds included."""
+        return len(self.tokenizer(text, verbose=False)["input_ids"])
+
     def unknown_share(self, prompt: str | None) -> float:
         """Share (0..1) of the prompt's tokens that the encoder does not know; 0 for an empty prompt."""
         unknown = self.tokenizer.unk_token_id

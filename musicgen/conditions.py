@@ -24,6 +24,7 @@ class Conditions:
         text_mask: `[B, L]` bool; a row without a true value is the null condition.
         chroma: `[B, C]` uint8, the melody's pitch classes from the start of the clip, 255 for none; None for a model
             without melody input.
+        attributes: `[B, N]` float, shares of the attributes' rows (`attributes.weights`); None for none.
         places: `[B, L]` bool, places of the text in a prefix where they differ from `text_mask` (`null_places`).
     """
 
@@ -31,15 +32,17 @@ class Conditions:
     text_mask: Tensor
     chroma: Tensor | None = None
     places: Tensor | None = None
+    attributes: Tensor | None = None
 
     def rows(self, index: Tensor) -> Conditions:
         """These rows, in this order."""
         chroma = self.chroma[index] if self.chroma is not None else None
         places = self.places[index] if self.places is not None else None
-        return Conditions(self.text[index], self.text_mask[index], chroma, places)
+        attributes = self.attributes[index] if self.attributes is not None else None
+        return Conditions(self.text[index], self.text_mask[index], chroma, places, attributes)
 
     def without_text(self, lm: MusicLM) -> Conditions:
-        """The same melody with a null text in the places that the model's null takes."""
+        """The same melody, without attributes, with a null text in the places that the model's null takes."""
         places = None if lm.config.cross_attention else lm.null_places(self.text_mask)
         return Conditions(torch.zeros_like(self.text), torch.zeros_like(self.text_mask), self.chroma, places)
 
@@ -49,7 +52,8 @@ class Conditions:
 
     def is_null(self) -> bool:
         """Whether no row has a condition."""
-        return not bool(self.text_mask.any()) and not self.has_melody()
+        has_attributes = self.attributes is not None and bool(self.attributes.any())
+        return not bool(self.text_mask.any()) and not self.has_melody() and not has_attributes
 
     def has_melody(self) -> bool:
         """Whether any row has a melody."""
@@ -77,9 +81,15 @@ def stack(parts: Sequence[Conditions]) -> Conditions:
         return p.text_mask | (null & first)
 
     melodies = [p.chroma for p in parts if p.chroma is not None]
+    shares = next((p.attributes for p in parts if p.attributes is not None), None)
+    attributes = None
+    if shares is not None:
+        none = [shares.new_zeros(len(p.text), shares.shape[1]) for p in parts]
+        attributes = torch.cat([n if p.attributes is None else p.attributes for n, p in zip(none, parts)])
     return Conditions(
         torch.cat([padded(p.text) for p in parts]),
         torch.cat([padded(p.text_mask) for p in parts]),
         torch.cat(melodies) if melodies else None,
         torch.cat([padded(places(p)) for p in parts]),
+        attributes,
     )

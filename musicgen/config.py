@@ -12,7 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from musicgen import attributes as named
 from musicgen import patterns
+from musicgen.attributes import AttributeConfig
 from musicgen.chroma import NUM_CHROMA
 
 SCHEMA_VERSION = 1
@@ -31,6 +33,7 @@ class ConditionConfig:
         null: what stands for a missing melody and, where text is prepended, for a missing text: `zeros`, as items are
             dropped in training, or `released`, as audiocraft's API and transformers do it for the released melody
             models: the pitch class C throughout, and zeros as long as the prompt that is being guided.
+        attributes: named attributes that are set beside the text (see `musicgen.attributes`).
     """
 
     text_encoder: str = "t5-base"
@@ -38,8 +41,14 @@ class ConditionConfig:
     melody: bool = False
     chroma_frames: int = 235
     null: Literal["zeros", "released"] = "zeros"
+    attributes: tuple[AttributeConfig, ...] = ()
 
     def __post_init__(self) -> None:
+        made = tuple(AttributeConfig(**a) if isinstance(a, dict) else a for a in self.attributes)  # from JSON
+        object.__setattr__(self, "attributes", made)
+        names = [a.name for a in made]
+        if len(set(names)) < len(names):
+            raise ValueError(f"condition.attributes names one twice: {', '.join(names)}")
         if self.chroma_frames < 1:
             raise ValueError(f"chroma_frames is {self.chroma_frames}; it must be at least 1 (235 for 30 s)")
 
@@ -99,6 +108,7 @@ class LMConfig:
         per_layer = 4 * d * d + ffn + 4 * d + ((4 * d * d + 2 * d) if self.cross_attention else 0)
         embeddings_and_heads = k * (v + 1) * d + k * v * d
         conditions = (self.condition.text_dim + 1) * d + ((NUM_CHROMA + 1) * d if self.condition.melody else 0)
+        conditions += named.size(self.condition.attributes) * d
         return embeddings_and_heads + self.num_layers * per_layer + 2 * d + conditions
 
 

@@ -157,11 +157,11 @@ class Engine:
 
         On a GPU its capacity is rounded up to whole spans.
         """
-        text_mask, dim = conditions.text_mask, self.config.dim
+        rows, dim = conditions.text_mask.shape[0], self.config.dim
         capacity = columns + self._prefix_length(conditions)
         if self.device.type != "cpu":
             capacity = -(-capacity // SPAN) * SPAN
-        shape = (text_mask.shape[0], self.config.num_heads, capacity, dim // self.config.num_heads)
+        shape = (rows, self.config.num_heads, capacity, dim // self.config.num_heads)
 
         def buffers() -> list[Tensor]:
             return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
@@ -170,20 +170,24 @@ class Engine:
         at = torch.zeros(1, dtype=torch.long, device=self.device)
         cache = Cache(capacity, table, at, buffers(), buffers())
         if self.config.cross_attention:
-            projected = self.lm.project_text(conditions.text, text_mask)
+            states, mask, _ = self._heard(conditions)
             for layer in self.layers:
-                keys, values = layer.cross_cache(projected, self.dtype)
+                keys, values = layer.cross_cache(states, self.dtype)
                 cache.cross_keys.append(keys)
                 cache.cross_values.append(values)
-            has_text = text_mask.any(dim=-1)
+            has_text = mask.any(dim=-1)
             # A fully masked row would be a softmax over nothing (NaN); let it see its padding and erase the result.
-            cache.seen = (text_mask | ~has_text[:, None])[:, None, None, :]
+            cache.seen = (mask | ~has_text[:, None])[:, None, None, :]
             cache.has_text = has_text[:, None, None].to(self.dtype)
         return cache
 
     def _prefix_length(self, conditions: Conditions) -> int:
         melody = self.config.condition.chroma_frames if self.config.condition.melody else 0
-        return melody + (0 if self.config.cross_attention else conditions.text.shape[1])
+        beside = conditions.text.shape[1] + len(self.config.condition.attributes)
+        return melody + (0 if self.config.cross_attention else beside)
+
+    def _heard(self, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor]:
+        return self.lm.heard(conditions.text, conditions.text_mask, conditions.places, conditions.attributes)
 
     @torch.no_grad()
     def listen(self, cache: Cache, conditions: Conditions, chroma: Tensor | None) -> None:
@@ -193,8 +197,8 @@ class Engine:
             conditions: those of `start`.
             chroma: `[R, C]` the melody from the first column's time on, or None.
         """
-        projected = self.lm.project_text(conditions.text, conditions.text_mask)
-        prefix, visible = self.lm.prefix(projected, conditions.text_mask, chroma, conditions.places)
+        states, _, places = self._heard(conditions)
+        prefix, visible = self.lm.prefix(states, places, chroma)
         cache.position = cache.prefix = 0
         cache.at.zero_()
         if prefix is not None and visible is not None:

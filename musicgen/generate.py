@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musicgen import files, listen, memory, settings, stems, wav
+from musicgen import attributes, files, listen, memory, settings, stems, wav
 from musicgen.chroma import NONE, chroma_bins
 from musicgen.chroma import WINDOW as CHROMA_WINDOW
 from musicgen.conditions import Conditions
@@ -58,6 +58,7 @@ class Request:
         negatives: B texts to move away from, or None for the null condition; needs a guidance other than 1.
         given: codes `[B, K, P]` that the clips begin with, such as those of `encode_audio`.
         stride_seconds: by how much a window starts after the one before; 0 takes 0.6 of the window.
+        attributes: B mappings from the name of an attribute to its value, for a model that has them.
         melodies: `[B, C]` uint8, pitch classes of `chroma.chroma_bins` from the clip's start, for a model that listens
             to a melody; a row of 255 has none.
 
@@ -73,6 +74,7 @@ class Request:
     given: Tensor | None = None
     stride_seconds: float = 0.0
     melodies: Tensor | None = None
+    attributes: Sequence[Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         check_duration(self.duration_seconds)
@@ -82,6 +84,8 @@ class Request:
             raise ValueError(f"{len(self.prompts)} prompts need {len(self.prompts)} seeds, got {len(self.seeds)}")
         if self.negatives is not None and len(self.negatives) != len(self.prompts):
             raise ValueError(f"{len(self.prompts)} prompts need as many negatives, got {len(self.negatives)}")
+        if self.attributes is not None and len(self.attributes) != len(self.prompts):
+            raise ValueError(f"{len(self.prompts)} prompts need as many attributes, got {len(self.attributes)}")
         if any(prompt is not None and not prompt.strip() for prompt in self.prompts):
             raise UserError(EMPTY_PROMPT)
 
@@ -119,7 +123,11 @@ def _windows(model: MusicGen, request: Request) -> Windows:
 
 def _branches(model: MusicGen, request: Request) -> tuple[list[Conditions], Tensor | None]:
     """The conditions of each branch of the guidance, and the scale of every frame."""
-    prompted = replace(encode_prompts(model, request.prompts), chroma=_chroma(model, request))
+    prompted = replace(
+        encode_prompts(model, request.prompts),
+        chroma=_chroma(model, request),
+        attributes=_attributes(model, request),
+    )
     negative = prompted.without_text(model.lm)
     if request.negatives is not None:
         negative = replace(encode_prompts(model, request.negatives), chroma=prompted.chroma)
@@ -145,6 +153,15 @@ def _chroma(model: MusicGen, request: Request) -> Tensor | None:
             "give the MODEL of a run with --lm.condition.melody true"
         )
     return None
+
+
+def _attributes(model: MusicGen, request: Request) -> Tensor | None:
+    """Shares of the attributes' rows `[B, N]`; None where no attribute is given."""
+    if not any(request.attributes or ()):
+        return None
+    known = model.lm.config.condition.attributes
+    rows = [attributes.weights(known, given) for given in request.attributes or ()]
+    return torch.from_numpy(np.stack(rows)).to(model.lm.out_norm.weight.device)
 
 
 def codes(model: MusicGen, request: Request, progress: Progress | None = None) -> Iterator[Tensor]:
@@ -261,6 +278,7 @@ class GenerateConfig:
         duration: seconds, the audio prompt included.
         out: the WAV file to write, a path or URI; `-` writes it to standard output.
         seed: the same seed gives the same file.
+        attributes: named attributes beside the text, for a model that has them, such as --attributes.genre jazz.
         melody: an audio file whose melody to follow, for a model that listens to one (MELODY=).
         melody_stems: take the melody from voice and accompaniment alone, without drums and bass, as Demucs separates
             them (the extra `stems`).
@@ -280,6 +298,7 @@ class GenerateConfig:
     negative_prompt: str = ""
     prompt_audio: str = ""
     prompt_seconds: float = 0.0
+    attributes: dict[str, str] = field(default_factory=dict)
     melody: str = ""
     melody_stems: bool = False
     duration: float = 10.0
@@ -323,6 +342,8 @@ def main(argv: Sequence[str]) -> int:
         given = str(error).rsplit("Got value: ", 1)[-1].strip()
         raise UserError(f"DURATION={given} is not a number; {_DURATION_ADVICE}") from None
     prompt = None if config.unconditional else (config.prompt or os.environ.get("PROMPT", "")).strip()
+    if prompt == "" and (config.attributes or config.melody):
+        prompt = None  # they say what to play
     if prompt == "":
         raise UserError(EMPTY_PROMPT)
     check_duration(config.duration)
@@ -361,6 +382,8 @@ def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tup
         sound = listen.read(config.prompt_audio, codec.sample_rate, codec.channels, what="AUDIO", max_seconds=limit)
         given = encode_audio(model, sound)
         told["prompt_audio_seconds"] = given.shape[2] / codec.frame_rate
+    if config.attributes:
+        told["attributes"] = dict(config.attributes)
     melodies = None
     if config.melody:
         melodies = _melody(model, config)
@@ -370,7 +393,15 @@ def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tup
         negatives = [config.negative_prompt.strip()]
         told["negative_prompt"] = negatives[0]
     return Request(
-        [prompt], config.duration, [config.seed], config.sampling, negatives, given, config.extend_stride, melodies
+        [prompt],
+        config.duration,
+        [config.seed],
+        config.sampling,
+        negatives,
+        given,
+        config.extend_stride,
+        melodies,
+        [config.attributes],
     ), told
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from musicgen import attributes as named
 from musicgen.chroma import NONE, NUM_CHROMA
 from musicgen.config import LMConfig
 from musicgen.transformer import Transformer, gaussian_
@@ -35,13 +36,17 @@ class MusicLM(nn.Module):
         conditioners = {"description": nn.ModuleDict({"output_proj": nn.Linear(config.condition.text_dim, dim)})}
         if config.condition.melody:
             conditioners["self_wav"] = nn.ModuleDict({"output_proj": nn.Linear(NUM_CHROMA, dim)})
+        if config.condition.attributes:
+            table = nn.Embedding(named.size(config.condition.attributes), dim)
+            conditioners["attributes"] = nn.ModuleDict({"embed": table})
         self.condition_provider = nn.ModuleDict({"conditioners": nn.ModuleDict(conditioners)})
         self.transformer = Transformer(config)
         self.out_norm = nn.LayerNorm(dim)
         self.linears = nn.ModuleList(
             nn.Linear(dim, config.codebook_size, bias=False) for _ in range(config.num_codebooks)
         )
-        for table in [*self.emb, *self.linears]:
+        tables = [conditioners["attributes"]["embed"]] if config.condition.attributes else []
+        for table in [*self.emb, *self.linears, *tables]:
             gaussian_(table.weight, dim)
 
     @property
@@ -89,21 +94,57 @@ class MusicLM(nn.Module):
         places[:, 0] = True
         return places
 
-    def prefix(
-        self, text: Tensor, text_mask: Tensor, chroma: Tensor | None, text_places: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """What stands before the columns, `[B, P, D]`, and which of it an item has, `[B, P]`; `text` is projected."""
+    def _attributes(self, shares: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+        """One vector per attribute, `[B, A, D]`, and which of them an item has, `[B, A]`."""
+        given = self.config.condition.attributes
+        table = self.get_parameter("condition_provider.conditioners.attributes.embed.weight")
+        if shares is None:
+            shares = like.new_zeros(like.shape[0], len(table))
+        parts = shares.to(like.dtype).split([a.size for a in given], dim=1)
+        rows = table.split([a.size for a in given])
+        vectors = torch.stack([part @ row for part, row in zip(parts, rows)], dim=1)
+        return vectors, torch.stack([part.any(dim=1) for part in parts], dim=1)
+
+    def heard(
+        self,
+        text: Tensor,
+        text_mask: Tensor,
+        text_places: Tensor | None = None,
+        attributes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Text and attributes as the transformer takes them; see `forward` for the arguments.
+
+        Returns:
+            states `[B, L + A, D]`, a mask `[B, L + A]` of what an item has, and the places `[B, L + A]` that it takes
+            in a prefix.
+        """
+        states = self.project_text(text, text_mask)
+        if text_places is None:
+            is_null = ~text_mask.any(dim=1, keepdim=True)
+            first = torch.arange(text_mask.shape[1], device=text_mask.device) == 0
+            text_places = text_mask | (is_null & first)
+        if self.config.condition.attributes:
+            vectors, has = self._attributes(attributes, states)
+            states = torch.cat([states, vectors], dim=1)
+            text_mask, text_places = torch.cat([text_mask, has], dim=1), torch.cat([text_places, has], dim=1)
+        elif attributes is not None:
+            raise ValueError("this model has no attributes (condition.attributes is empty)")
+        return states, text_mask, text_places
+
+    def prefix(self, states: Tensor, places: Tensor, chroma: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What stands before the columns, `[B, P, D]`, and which of it an item has, `[B, P]`.
+
+        Args:
+            states, places: from `heard`.
+            chroma: as in `forward`.
+        """
         parts, visible = [], []
         if self.config.condition.melody or chroma is not None:
-            parts.append(self._project_melody(chroma, text.shape[0], text))
-            visible.append(torch.ones(parts[0].shape[:2], dtype=torch.bool, device=text.device))
+            parts.append(self._project_melody(chroma, states.shape[0], states))
+            visible.append(torch.ones(parts[0].shape[:2], dtype=torch.bool, device=states.device))
         if not self.config.cross_attention:
-            if text_places is None:
-                is_null = ~text_mask.any(dim=1, keepdim=True)
-                first = torch.arange(text_mask.shape[1], device=text_mask.device) == 0
-                text_places = text_mask | (is_null & first)
-            parts.append(text)
-            visible.append(text_places)
+            parts.append(states)
+            visible.append(places)
         if not parts:
             return None, None
         return torch.cat(parts, dim=1), torch.cat(visible, dim=1)
@@ -115,13 +156,14 @@ class MusicLM(nn.Module):
         text_mask: Tensor,
         chroma: Tensor | None = None,
         text_places: Tensor | None = None,
+        attributes: Tensor | None = None,
     ) -> Tensor:
         """What the heads read: `[B, S, D]`; see `forward` for the arguments."""
-        projected = self.project_text(text, text_mask)
-        prefix, visible = self.prefix(projected, text_mask, chroma, text_places)
+        states, mask, places = self.heard(text, text_mask, text_places, attributes)
+        prefix, visible = self.prefix(states, places, chroma)
         if self.config.cross_attention:
             visible = None  # a melody alone: every item has all of it
-        return self.out_norm(self.transformer(self._embed(tokens), projected, text_mask, prefix, visible))
+        return self.out_norm(self.transformer(self._embed(tokens), states, mask, prefix, visible))
 
     def forward(
         self,
@@ -130,6 +172,7 @@ class MusicLM(nn.Module):
         text_mask: Tensor,
         chroma: Tensor | None = None,
         text_places: Tensor | None = None,
+        attributes: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next column for every column.
 
@@ -141,6 +184,8 @@ class MusicLM(nn.Module):
                 with a melody input; None is no melody. It is repeated or cut to `condition.chroma_frames`.
             text_places: `[B, L]` bool, places that the text takes in the prefix of a model without cross-attention:
                 those of `text_mask`, and one zero for a null text, unless given (see `null_places`).
+            attributes: `[B, N]` float, shares of the rows of the attributes' tables (`attributes.weights`); an
+                attribute without any share is not heard, and none of them without this argument.
 
         Returns:
             logits `[B, K, S, V]`.
@@ -148,5 +193,5 @@ class MusicLM(nn.Module):
         Raises:
             ValueError: a melody for a model that has no input for it.
         """
-        x = self.hidden(tokens, text, text_mask, chroma, text_places)
+        x = self.hidden(tokens, text, text_mask, chroma, text_places, attributes)
         return torch.stack([head(x) for head in self.linears], dim=1)

@@ -124,7 +124,17 @@ def hints(model: MusicGen, prompt: str | None, duration_seconds: float) -> list[
 
 @torch.no_grad()
 def encode_prompts(model: MusicGen, prompts: Sequence[str | None]) -> Conditions:
-    """Conditions of prompts, each encoded alone, L padded to a multiple of 32; None is the null condition."""
+    """Conditions of prompts, each encoded alone, L padded to a multiple of 32; None is the null condition.
+
+    Raises:
+        UserError: a prompt longer than the encoder takes.
+    """
+    for prompt in prompts:
+        used, limit = model.text_encoder.num_tokens(prompt or ""), model.text_encoder.max_tokens
+        if limit is not None and used > limit:
+            raise UserError(
+                f"PROMPT has {used} tokens and the text encoder {model.text_encoder.name!r} takes {limit}; shorten it"
+            )
     parts = [model.text_encoder.encode([p]) for p in prompts]
     longest = max(int(hidden.shape[1]) for hidden, _ in parts)
     length = -(-longest // _TEXT_BUCKET) * _TEXT_BUCKET

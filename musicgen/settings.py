@@ -37,9 +37,11 @@ def names(config_class: type, prefix: str = "") -> Iterator[str]:
 
 def _reject_unknown(given: Sequence[str], config_class: type, where: str) -> None:
     known = list(names(config_class))
+    hints = typing.get_type_hints(config_class)
+    open_names = tuple(f"{name}." for name, kind in hints.items() if typing.get_origin(kind) is dict)
     problems = []
     for name in given:
-        if name in known:
+        if name in known or name.startswith(open_names):  # a mapping's keys are its reader's to check
             continue
         leaf = {k.rsplit(".", 1)[-1]: k for k in known}
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

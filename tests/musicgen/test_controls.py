@@ -1,0 +1,187 @@
+"""Everything that a clip can be asked for beside text, through the code that users call: melody, attributes, scales,
+an audio prompt, a stream; another one changes the output, and what the model lacks is refused in words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from musicgen import generate, wav
+from musicgen.attributes import AttributeConfig
+from musicgen.chroma import chroma_bins
+from musicgen.errors import UserError
+from musicgen.sampling import SamplingConfig
+from tests.musicgen.small_model import MELODY, TEXT, write_release
+
+NAMED = (AttributeConfig("genre", values=("jazz", "folk")), AttributeConfig("tempo"))
+
+
+def tune(hz: float, seconds: float = 1.0) -> np.ndarray:
+    return (0.3 * np.sin(2 * np.pi * hz * np.arange(round(32_000 * seconds)) / 32_000)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Releases `melody`, `named` (attributes beside text) and `text`, and two tunes."""
+    folder = tmp_path_factory.mktemp("models")
+    condition = replace(TEXT.condition, attributes=NAMED)
+    for name, config in (("melody", MELODY), ("named", replace(TEXT, condition=condition)), ("text", TEXT)):
+        write_release(folder / name, config)
+    soundfile.write(folder / "a.flac", tune(440.0), 32_000)
+    soundfile.write(folder / "c.ogg", tune(261.6), 32_000)
+    soundfile.write(folder / "short.wav", tune(440.0, 0.3), 32_000)
+    soundfile.write(folder / "silent.wav", np.zeros(32_000), 32_000)
+    return folder
+
+
+def bins(*tunes: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.stack([chroma_bins(t) for t in tunes]))
+
+
+def test_melody_changes_the_music(folder: Path) -> None:
+    model = generate.load(folder / "melody" / "release")
+
+    def made(melodies: torch.Tensor | None, prompt: str | None = "waltz", **sampling: object) -> torch.Tensor:
+        config = SamplingConfig(**sampling)  # type: ignore[arg-type]
+        return generate.generate(model, [prompt], 0.6, [1], config, melodies=melodies)[1]
+
+    a, c = bins(tune(440.0)), bins(tune(261.6))
+    outputs = [made(a), made(c), made(None), made(a, None), made(a, guidance=1.0), made(a, "samba")]
+    for i, one in enumerate(outputs):
+        assert torch.equal(one, outputs[i]) and all(not torch.equal(one, o) for o in outputs[i + 1 :]), i
+    batch = generate.generate(
+        model, ["waltz", "waltz", "waltz"], 0.6, [1, 1, 1], melodies=torch.cat([a, c, c * 0 + 255])
+    )
+    assert torch.equal(batch[1], torch.cat(outputs[:3])), "alone and in a batch, with another melody each or none"
+
+
+def test_three_way_scales(folder: Path) -> None:
+    model = generate.load(folder / "melody" / "release")
+
+    def made(**sampling: float) -> torch.Tensor:
+        config = SamplingConfig(**sampling)  # type: ignore[arg-type]
+        return generate.generate(model, ["waltz"], 0.6, [1], config, melodies=bins(tune(440.0)))[1]
+
+    two = made(guidance=3.0)
+    assert torch.equal(made(guidance=3.0, guidance_melody=3.0), two), "equal scales are the two-way form"
+    assert not torch.equal(made(guidance=3.0, guidance_melody=1.0), two)
+    assert not torch.equal(made(guidance=1.0, guidance_melody=3.0), two)
+    assert torch.equal(made(guidance=1.0, guidance_melody=1.0), made(guidance=1.0))
+
+
+def test_a_long_clip_follows_the_melody_in_time(folder: Path) -> None:
+    """The second window hears the melody from its own start on: a change there leaves the first window alone."""
+    model = generate.load(folder / "melody" / "release")
+    same = bins(np.concatenate([tune(440.0), tune(440.0, 2.0)]))
+    turns = bins(np.concatenate([tune(440.0, 1.6), tune(261.6, 1.4)]))
+    assert torch.equal(same[:, :8], turns[:, :8]) and not torch.equal(same, turns)
+    a, b = (generate.generate(model, ["waltz"], 2.0, [1], melodies=m)[1] for m in (same, turns))
+    assert torch.equal(a[..., :50], b[..., :50]) and not torch.equal(a, b)
+
+
+def test_attributes_change_the_music_beside_the_text(folder: Path) -> None:
+    model = generate.load(folder / "named" / "release")
+
+    def made(prompt: str | None = "waltz", **values: object) -> torch.Tensor:
+        return generate.generate(model, [prompt], 0.6, [1], attributes=[values])[1]
+
+    outputs = [
+        made(),
+        made(genre="jazz"),
+        made(genre="folk"),
+        made(tempo=60),
+        made(tempo=180),
+        made(None, genre="jazz"),
+    ]
+    for i, one in enumerate(outputs):
+        assert all(not torch.equal(one, o) for o in outputs[i + 1 :]), i
+    batch = generate.generate(model, ["waltz"] * 2, 0.6, [1, 1], attributes=[{"genre": "jazz"}, {}])[1]
+    assert torch.equal(batch, torch.cat([outputs[1], outputs[0]]))
+
+
+def test_what_the_model_lacks_is_said(folder: Path) -> None:
+    model = generate.load(folder / "text" / "release")
+    with pytest.raises(UserError, match=r"MELODY was given, but this model has no melody input"):
+        generate.generate(model, ["waltz"], 0.6, [1], melodies=bins(tune(440.0)))
+    with pytest.raises(UserError, match="attribute 'genre' was given, but this model has none"):
+        generate.generate(model, ["waltz"], 0.6, [1], attributes=[{"genre": "jazz"}])
+
+
+def command(folder: Path, model: str, *arguments: str) -> int:
+    common = ["--model", str(folder / model / "release"), "--duration", "0.6", "--prompt", "waltz"]
+    return generate.main([*common, "--out", str(folder / "out.wav"), *arguments])
+
+
+def test_command_follows_a_melody_file(folder: Path) -> None:
+    made = []
+    for name in ("a.flac", "c.ogg"):
+        assert command(folder, "melody", "--melody", str(folder / name)) == 0
+        made.append(soundfile.read(folder / "out.wav")[0])
+    assert not np.array_equal(*made)
+    assert wav.read_marking(folder / "out.wav")["melody"] == {"stems": False, "frames": 8}
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("melody", ["--melody", "{}/short.wav"], r"is 0.30 s long; a melody needs at least 0.51 s"),
+        ("melody", ["--melody", "{}/silent.wav"], "is silent throughout"),
+        ("melody", ["--melody", "{}/gone.wav"], "MELODY=.* does not exist"),
+        ("text", ["--melody", "{}/a.flac"], "no melody input"),
+        ("named", ["--attributes.gener", "jazz"], "unknown attribute 'gener'; did you mean 'genre'"),
+        ("named", ["--attributes.genre", "jaz"], "did you mean 'jazz'"),
+        ("text", ["--prompt_audio", "{}/a.flac"], "counts it in, so nothing is left to make"),
+        ("text", ["--precision", "int4"], "int4"),
+        ("text", ["--prompt", "waltz " * 600], "PROMPT has .* tokens"),
+    ],
+)
+def test_command_refuses_in_words(folder: Path, model: str, arguments: list[str], message: str) -> None:
+    from musicgen.settings import SettingsError
+
+    with pytest.raises((UserError, SettingsError), match=message):
+        command(folder, model, *(a.format(folder) if a.startswith("{}") else a for a in arguments))
+
+
+def test_command_sets_attributes_continues_and_streams(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(folder, "named", "--attributes.genre", "jazz", "--attributes.tempo", "90") == 0
+    whole = (folder / "out.wav").read_bytes()
+    assert wav.read_marking(folder / "out.wav")["attributes"] == {"genre": "jazz", "tempo": "90"}
+    arguments = ["--attributes.genre", "jazz", "--attributes.tempo", "90", "--stream", "true", "--chunk_seconds", "0.1"]
+    assert command(folder, "named", *arguments) == 0
+    assert "first sound after" in capsys.readouterr().out
+    streamed, rate = soundfile.read(folder / "out.wav", dtype="int16")
+    (folder / "whole.wav").write_bytes(whole)
+    expected, _ = soundfile.read(folder / "whole.wav", dtype="int16")
+    assert rate == 32_000 and np.abs(streamed.astype(int) - expected.astype(int)).max() <= 1
+    assert wav.read_marking(folder / "out.wav") == wav.read_marking(folder / "whole.wav")
+    assert command(folder, "text", "--prompt_audio", str(folder / "a.flac"), "--prompt_seconds", "0.3") == 0
+    mark = wav.read_marking(folder / "out.wav")
+    assert mark["prompt_audio_seconds"] == pytest.approx(0.3)
+    assert b"from 0.3 s on; what comes before is a recording" in (folder / "out.wav").read_bytes()
+
+
+def test_stream_to_standard_output(folder: Path) -> None:
+    command_line = [sys.executable, "-m", "musicgen.generate", "--model", str(folder / "text" / "release")]
+    command_line += ["--duration", "0.6", "--prompt", "waltz", "--stream", "true", "--out", "-"]
+    done = subprocess.run(command_line, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (folder / "piped.wav").write_bytes(done.stdout)
+    samples, _ = soundfile.read(folder / "piped.wav")
+    assert samples.shape == (19_200,) and b"first sound after" in done.stderr
+    assert command(folder, "text") == 0
+    assert np.abs(soundfile.read(folder / "out.wav")[0] - samples).max() < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float16", "int8"])
+def test_precisions_generate(folder: Path, precision: str) -> None:
+    model = generate.load(folder / "text" / "release", precision=precision)  # type: ignore[arg-type]
+    exact = generate.load(folder / "text" / "release")
+    a, b = (generate.generate(m, ["waltz"], 0.6, [1])[1] for m in (model, exact))
+    assert a.shape == b.shape and (a[:, 0, :5] == b[:, 0, :5]).float().mean() > 0.5, "about the same model"
