@@ -60,11 +60,11 @@ class BenchConfig:
     json: str = ""
 
 
-def random_model(size: str) -> MusicLM:
+def random_model(size: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> MusicLM:
     """A model of a size with random weights, quickly: the values do not change the speed."""
     with torch.device("meta"):
         lm = MusicLM(config.size(size))
-    lm = lm.to_empty(device="cpu").eval().requires_grad_(False)
+    lm = lm.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     for parameter in lm.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return lm

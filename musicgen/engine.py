@@ -187,7 +187,8 @@ class Engine:
         return melody + (0 if self.config.cross_attention else beside)
 
     def _heard(self, conditions: Conditions) -> tuple[Tensor, Tensor, Tensor]:
-        return self.lm.heard(conditions.text, conditions.text_mask, conditions.places, conditions.attributes)
+        text = conditions.text.to(self.lm.text_projection.weight.dtype)  # a model may be kept in 16 bits
+        return self.lm.heard(text, conditions.text_mask, conditions.places, conditions.attributes)
 
     @torch.no_grad()
     def listen(self, cache: Cache, conditions: Conditions, chroma: Tensor | None) -> None:

@@ -17,7 +17,7 @@ from musicgen import weights
 from musicgen.conditions import Conditions
 from musicgen.engine import Engine
 from musicgen.errors import UserError
-from musicgen.packing import PRECISIONS, Precision
+from musicgen.packing import PRECISIONS, Precision, stream_dtype
 
 if TYPE_CHECKING:
     from musicgen.codec import Codec
@@ -89,7 +89,8 @@ def load(
             f"machine (identity {info['text_encoder']['identity'][:12]}…, here {encoder.identity[:12]}…); "
             "install the one it names"
         )
-    lm = lm.to(where)
+    # On a GPU the model itself is kept as narrow as it is stepped; on a CPU its packed copy is.
+    lm = lm.to(where) if where.type == "cpu" else lm.to(where, stream_dtype(precision, where))
     return MusicGen(lm, codec.to(where), encoder.to(where), info, Engine(lm, precision))
 
 

@@ -44,6 +44,7 @@ class Sampler:
         config: how to draw.
         max_frames: longest window.
         frame_rate, sample_rate_hz: of the codec; they place a window in the melody.
+        graphs: capture the step as CUDA graphs; off runs it as it is, for comparison.
         scales: guidance scales of every frame of the clip `[branches - 1, frames]` float32; see `sampling.guide`.
     """
 
@@ -57,6 +58,7 @@ class Sampler:
         *,
         frame_rate: float,
         sample_rate_hz: int,
+        graphs: bool = True,
         scales: Tensor | None = None,
     ) -> None:
         self.engine, self.config, self.branches = engine, config, len(branches)
@@ -77,6 +79,7 @@ class Sampler:
         self.draws = config.temperature > 0
         noise_shape = (self.padded, _NOISE_COLUMNS if self.draws else 1, books, size)
         self.noise = torch.zeros(noise_shape, device=device)
+        self.capture = graphs and device.type == "cuda"
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.warm: set[int] = set()
         self.pool: Any = None
@@ -137,7 +140,7 @@ class Sampler:
         """Predict the next column."""
         self._noise(self.known)
         if self.columns.is_cuda:
-            self._advance_on_gpu()
+            self.advance_in_spans()
         else:
             self._step(None)
         self.known += 1
@@ -166,11 +169,12 @@ class Sampler:
         given = self.columns.index_select(2, self.column)
         self.columns.index_copy_(2, self.column, torch.where(given == UNKNOWN, drawn, given))
 
-    def _advance_on_gpu(self) -> None:
+    def advance_in_spans(self) -> None:
+        """The step as a GPU takes it: at a position that stands on the device, over a whole span of entries."""
         span = min(-(-(self.cache.position + 1) // SPAN) * SPAN, self.cache.capacity)
         if span in self.graphs:
             self.graphs[span].replay()
-        elif span in self.warm:
+        elif self.capture and span in self.warm:
             graph = torch.cuda.CUDAGraph()
             self.pool = self.pool or torch.cuda.graph_pool_handle()  # the graphs run one at a time: one memory pool
             # Other threads (a loader, a logger) may talk to the device meanwhile.

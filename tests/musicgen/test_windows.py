@@ -65,6 +65,30 @@ def test_a_window_goes_on_from_the_end_of_the_one_before(model: generate.MusicGe
     assert not torch.equal(window_at(0), long[..., 12:32]), "random numbers belong to the clip's place"
 
 
+def test_the_way_of_the_gpu_says_the_same(model: generate.MusicGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured on a GPU, run as it is: positions on the device, spans of entries under a mask, two spans."""
+    monkeypatch.setattr(sampler, "SPAN", 8)
+    prompted = generate.encode_prompts(model, ["slow waltz", "samba", None])
+
+    def made(on_device: bool) -> torch.Tensor:
+        assert model.engine is not None
+        window = sampler.Sampler(
+            model.engine, [prompted, prompted.without_text(model.lm)], [1, 2, 3], SamplingConfig(), 20,
+            frame_rate=50, sample_rate_hz=32_000, scales=torch.linspace(1, 5, 20)[None],
+        )  # fmt: skip
+        window.begin(torch.full((3, 4, 20), sampler.UNKNOWN))
+        while not window.done:
+            if on_device:
+                window._noise(window.known)
+                window.advance_in_spans()
+                window.known += 1
+            else:
+                window.advance()
+        return window.codes(0, 20)
+
+    assert torch.equal(made(True), made(False))
+
+
 def test_memory_does_not_grow_with_the_clip(model: generate.MusicGen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four times as long: the same one cache of one window."""
     capacities: list[int] = []
