@@ -1,6 +1,6 @@
 """Speed of generation on one GPU: steps per second by size, batches of clips, captured graphs beside plain steps.
 
-The measurement behind the section `generation` of `benchmarks.gpu`. Random weights, guidance on, whole clips of 30 s, so
+The measurement behind the section `generation` of `benchmarks.gpu`. Random weights, guidance on, whole clips of 30 s so
 that the caches are read at every length. Beside each figure stands its floor: the bytes that the steps must read over
 the read bandwidth of this GPU, measured here.
 """
