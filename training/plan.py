@@ -157,11 +157,14 @@ def num_targets(valid_frames: Sequence[int] | np.ndarray, scored_frames: Sequenc
 def validation(tracks: Tracks, rule: CropRule, limit: int) -> list[Item]:
     """Fixed crops of a split: end to end from each track's start, evenly thinned to `limit`; captions unaltered.
 
+    They leave the tails out that training leaves out.
+
     The last crop of a track may be short by the rule's ratio; a track shorter than that gives one short crop.
     """
     least = _least(rule)
     places: list[tuple[int, int, int]] = []
-    for row, total in zip(tracks.rows.tolist(), tracks.frames.tolist()):
+    for row, frames in zip(tracks.rows.tolist(), tracks.frames.tolist()):
+        total = drawn_frames(frames, rule)
         starts = [s for s in range(0, max(total, 1), rule.frames) if s == 0 or total - s >= least]
         places += [(row, s, min(rule.frames, total - s)) for s in starts]
     if len(places) > limit:

@@ -67,6 +67,8 @@ def test_crops_leave_the_tails_of_tracks_out() -> None:
     ends = {row: max(i.start + i.frames for i in items if i.row == row) for row in (10, 11, 12)}
     assert ends == {10: 900, 11: 450, 12: 400}
     assert min(i.frames for i in items) >= 400
+    fixed = plan.validation(tracks([1000, 550, 420]), rule, limit=100)
+    assert [(i.row, i.start, i.frames) for i in fixed] == [(10, 0, 500), (10, 500, 400), (11, 0, 450), (12, 0, 400)]
 
 
 def test_targets_of_both_tails() -> None:
