@@ -17,7 +17,7 @@ import torch
 from musicgen.errors import UserError
 
 SAMPLE_RATE = 44_100  # htdemucs
-MODEL = "htdemucs"
+MODEL = "hf://htdemucs"  # the hub's safetensors; by another name demucs may unpickle a download
 KEPT = ("vocals", "other")
 
 
@@ -39,8 +39,8 @@ def load() -> Any:
     except Exception as error:  # its loader raises what its network client raises
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(
-            f"the weights of {MODEL} are not on this machine and could not be fetched ({reason}); "
-            "fetch them on a machine with network, or leave --melody_stems out"
+            f"the weights of {MODEL.removeprefix('hf://')} are not here and could not be fetched ({reason}); "
+            "run it once on a machine with network, or leave --melody_stems out"
         ) from error
 
 

@@ -167,6 +167,14 @@ def test_command_sets_attributes_continues_and_streams(folder: Path, capsys: pyt
     assert b"from 0.3 s on; what comes before is a recording" in (folder / "out.wav").read_bytes()
 
 
+def test_command_makes_several_clips_each_with_its_seed(folder: Path) -> None:
+    assert command(folder, "text", "--clips", "3", "--seed", "4") == 0
+    assert command(folder, "text", "--seed", "5") == 0
+    alone = (folder / "out.wav").read_bytes()
+    three = [(folder / f"out-{i}.wav").read_bytes() for i in (1, 2, 3)]
+    assert three[1] == alone and len(set(three)) == 3, "a clip of a batch is the clip made alone, to the byte"
+
+
 def test_stream_to_standard_output(folder: Path) -> None:
     command_line = [sys.executable, "-m", "musicgen.generate", "--model", str(folder / "text" / "release")]
     command_line += ["--duration", "0.6", "--prompt", "waltz", "--stream", "true", "--out", "-"]
