@@ -15,7 +15,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,49 @@ def drop_words(text: str, p: float, rng: np.random.Generator) -> str:
     return " ".join(word for word, keep in zip(words, kept) if keep)
 
 
+@dataclass
+class Tokens:
+    """Captions as an encoder's token ids; made beside the training, encoded on the device.
+
+    Attributes:
+        ids, mask: int64 `[U, L]` of the U distinct captions; U is 0 when all are null.
+        rows: int64 `[B]`, the caption of each item; U stands for the null condition.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    rows: Tensor
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        """The same with every tensor changed (moved, pinned)."""
+        return Tokens(change(self.ids), change(self.mask), change(self.rows))
+
+
+class CaptionTokenizer:
+    """The tokenising half of an encoder: small, picklable, for data-loader workers.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        max_length: most tokens of a caption; None is without limit.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int | None) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def __call__(self, texts: Sequence[str | None]) -> Tokens:
+        """Token ids of B captions; None, "" or white space is the null condition."""
+        stripped = [(t or "").strip() for t in texts]
+        unique = sorted({t for t in stripped if t})
+        row_of = {text: row for row, text in enumerate(unique)}
+        rows = torch.tensor([row_of.get(t, len(unique)) for t in stripped])
+        if not unique:
+            empty = torch.zeros(0, 1, dtype=torch.int64)
+            return Tokens(empty, empty, rows)
+        limit: dict[str, Any] = {"truncation": True, "max_length": self.max_length} if self.max_length else {}
+        batch = self.tokenizer(unique, padding=True, return_tensors="pt", **limit)
+        return Tokens(batch["input_ids"], batch["attention_mask"], rows)
+
+
 class TextEncoder:
     """A frozen text encoder.
 
@@ -53,7 +97,8 @@ class TextEncoder:
         config: Any = model.config
         self.dim = int(getattr(config, "d_model", None) or config.hidden_size)
         # BERT has a table of positions and fails beyond it; T5's are relative and the reference never truncates.
-        self._max_length = None if config.model_type in _T5_TYPES else int(config.max_position_embeddings)
+        max_length = None if config.model_type in _T5_TYPES else int(config.max_position_embeddings)
+        self.tokenize = CaptionTokenizer(tokenizer, max_length)
 
     @classmethod
     def load(cls, name: str) -> TextEncoder:
@@ -87,34 +132,30 @@ class TextEncoder:
         return digest.hexdigest()
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+    def encode(self, texts: Sequence[str | None] | Tokens) -> tuple[Tensor, Tensor]:
         """Hidden states of captions.
 
         Args:
-            texts: B captions; None, "" or white space is the null condition.
+            texts: B captions (None, "" or white space is the null condition), or what `tokenize` made of them.
 
         Returns:
             hidden `[B, L, E]` float32, zero where masked, and mask `[B, L]` bool. L is at least 1.
         """
-        stripped = [(t or "").strip() for t in texts]
-        unique = sorted({t for t in stripped if t})
         device = self.device
-        if not unique:
-            return torch.zeros(len(texts), 1, self.dim, device=device), torch.zeros(
-                len(texts), 1, dtype=torch.bool, device=device
+        tokens = (texts if isinstance(texts, Tokens) else self.tokenize(texts)).apply(lambda t: t.to(device))
+        if not len(tokens.ids):
+            batch = len(tokens.rows)
+            return torch.zeros(batch, 1, self.dim, device=device), torch.zeros(
+                batch, 1, dtype=torch.bool, device=device
             )
-        limit: dict[str, Any] = {"truncation": True, "max_length": self._max_length} if self._max_length else {}
-        batch = self.tokenizer(unique, padding=True, return_tensors="pt", **limit).to(device)
         with torch.autocast(device.type, enabled=False):
-            states = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        known = batch["attention_mask"].bool()
+            states = self.model(input_ids=tokens.ids, attention_mask=tokens.mask)
+        known = tokens.mask.bool()
         hidden = states.last_hidden_state.float().masked_fill(~known[..., None], 0.0)
         # One more row, all masked, stands for every null caption.
         hidden = torch.cat([hidden, hidden.new_zeros(1, *hidden.shape[1:])])
         mask = torch.cat([known, known.new_zeros(1, known.shape[1])])
-        row_of = {text: row for row, text in enumerate(unique)}
-        rows = torch.tensor([row_of.get(t, len(unique)) for t in stripped], device=device)
-        return hidden[rows], mask[rows]
+        return hidden[tokens.rows], mask[tokens.rows]
 
     @property
     def max_tokens(self) -> int | None:

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from musicgen.errors import UserError
+from musicgen.lm import MusicLM
 from training import state
 from training.data import Batch
 from training.module import MusicLMModule
@@ -36,6 +41,9 @@ class LogConfig:
         every: steps between two lines of training metrics.
         valid_every: steps between two validations.
         state_every: steps between two states to resume from.
+        state_keep: newest states that stay, beside the best validation's.
+        state_keep_every: steps between states that stay for good; 0 keeps none.
+        state_background: write states beside the training; `auto` does where there is memory for a copy.
         clips_every: steps between two sets of generated clips; 0 makes them at the end only.
         clips: clips of a set; 0 makes none.
         clip_seconds: length of a clip.
@@ -45,13 +53,17 @@ class LogConfig:
     every: int = 10
     valid_every: int = 2000
     state_every: int = 2000
+    state_keep: int = 2
+    state_keep_every: int = 0
+    state_background: Literal["auto", "on", "off"] = "auto"
     clips_every: int = 10_000
     clips: int = 4
     clip_seconds: float = 10.0
     prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("valid_every", 1), ("state_every", 1), ("clips_every", 0), ("clips", 0)):
+        least_of = {"every": 1, "valid_every": 1, "state_every": 1, "state_keep": 1, "state_keep_every": 0}
+        for name, least in {**least_of, "clips_every": 0, "clips": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"log.{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0.1 <= self.clip_seconds <= 300:
@@ -162,7 +174,7 @@ class Validation(EachStep):
         batches: this rank's validation batches; empty when the data set has none.
         every: steps between two validations.
         unigram: loss of a unigram model on the same crops, mean over codebooks, in nats.
-        release: writes the release folder from the module (averaged weights in place) and a validation loss.
+        release: writes the release folder from the averaged model, the module and a validation loss.
     """
 
     def __init__(
@@ -172,7 +184,7 @@ class Validation(EachStep):
         every: int,
         last_step: int,
         unigram: float,
-        release: Callable[[MusicLMModule, float | None], None],
+        release: Callable[[MusicLM, MusicLMModule, float | None], None],
         stopwatch: Stopwatch,
     ) -> None:
         super().__init__(last_step)
@@ -200,9 +212,9 @@ class Validation(EachStep):
         self.stopwatch.pause(began)
 
     def _release(self, module: MusicLMModule, valid_loss: float | None) -> None:
-        if self.record is not None:
-            with module.ema.swapped(module.lm):
-                self.release(module, valid_loss)
+        with module.averaged() as model:
+            if model is not None:
+                self.release(model, module, valid_loss)
 
 
 class Clips(EachStep):
@@ -212,7 +224,7 @@ class Clips(EachStep):
         record: where clips go; None on ranks other than 0.
         config: when, how many, how long.
         prompts: what to ask for.
-        make: (module, prompts, seconds, seeds) -> audio `[B, C, N]` and the sample rate in Hz.
+        make: (averaged model, module, path, prompt, seed, seconds) writes one clip and returns what made it.
     """
 
     def __init__(
@@ -221,7 +233,7 @@ class Clips(EachStep):
         config: LogConfig,
         last_step: int,
         prompts: Sequence[str | None],
-        make: Callable[[MusicLMModule, Path, str | None, int, float], dict[str, Any]],
+        make: Callable[[MusicLM, MusicLMModule, Path, str | None, int, float], dict[str, Any]],
         stopwatch: Stopwatch,
     ) -> None:
         super().__init__(last_step)
@@ -229,38 +241,124 @@ class Clips(EachStep):
         self.make, self.stopwatch = make, stopwatch
 
     def after_step(self, trainer: pl.Trainer, module: MusicLMModule, step: int) -> None:
-        if self.record is None or not self.prompts or not self.due(step, self.config.clips_every):
+        if not self.config.clips or not self.due(step, self.config.clips_every):
             return
         began = time.perf_counter()
-        folder = self.record.folder / "samples"
+        with module.averaged() as model:
+            if model is not None and self.record is not None:
+                self._make_all(self.record, model, module, step)
+        self.stopwatch.pause(began)
+
+    def _make_all(self, record: Record, model: MusicLM, module: MusicLMModule, step: int) -> None:
+        folder = record.folder / "samples"
         folder.mkdir(exist_ok=True)
         clips = []
-        module.lm.eval()
-        with module.ema.swapped(module.lm):
-            for number, prompt in enumerate(self.prompts):
-                path = folder / f"step-{step:07d}-{number}.wav"
-                details = self.make(module, path, prompt, number, self.config.clip_seconds)
-                details = {"step": step, "prompt": prompt, "file": path.name, **details}
-                path.with_suffix(".json").write_text(json.dumps(details, indent=2, ensure_ascii=False) + "\n")
-                clips.append((path, prompt or "(no prompt)"))
-        module.lm.train()
-        self.record.clips(step, clips)
-        self.stopwatch.pause(began)
+        for number, prompt in enumerate(self.prompts):
+            path = folder / f"step-{step:07d}-{number}.wav"
+            details = self.make(model, module, path, prompt, number, self.config.clip_seconds)
+            details = {"step": step, "prompt": prompt, "file": path.name, **details}
+            path.with_suffix(".json").write_text(json.dumps(details, indent=2, ensure_ascii=False) + "\n")
+            clips.append((path, prompt or "(no prompt)"))
+        record.clips(step, clips)
 
 
 class States(EachStep):
-    """A whole state every `every` steps and at the end."""
+    """A whole state every `every` steps and at the end, and at once when the machine asks the run to leave.
 
-    def __init__(self, folder: Path | None, every: int, last_step: int, stopwatch: Stopwatch) -> None:
+    SIGTERM (a machine taken away) and SIGUSR1 (Slurm, some minutes before its limit) only set a flag; the ranks tell
+    each other beside the next step, save at the same one and stop. A state that cannot be written on the way is said
+    and tried again at the next; the last one must succeed.
+
+    Args:
+        folder: the run's `state/`.
+        background: write beside the training.
+    """
+
+    def __init__(
+        self, folder: Path, config: LogConfig, last_step: int, stopwatch: Stopwatch, *, background: bool
+    ) -> None:
         super().__init__(last_step)
-        self.folder, self.every, self.stopwatch = folder, every, stopwatch
+        self.folder, self.config, self.stopwatch, self.background = folder, config, stopwatch, background
+        self.asked: int = 0  # signal number
+        self.left_at: int | None = None  # step at which the run stopped because it was asked to
+        self._vote: tuple[Any, Tensor] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        super().on_train_start(trainer, module)
+        self.saver = state.Saver(
+            self.folder,
+            keep_last=self.config.state_keep,
+            keep_every=self.config.state_keep_every,
+            background=self.background,
+        )
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _: Any) -> None:
+        self.asked = number
 
     def after_step(self, trainer: pl.Trainer, module: MusicLMModule, step: int) -> None:
-        if self.folder is None or not self.due(step, self.every):
-            return
         began = time.perf_counter()
-        state.save(self.folder, module.lm, module.ema, trainer.optimizers[0], module.progress)
-        self.stopwatch.pause(began)
+        leave = self._all_agree(trainer)
+        if leave or self.due(step, self.config.state_every):
+            self._save(trainer, module, must=leave or step == self.last_step)
+            self.stopwatch.pause(began)
+        error = self.saver.failed()
+        if error is not None:
+            self._warn(error)
+        if leave and step != self.last_step:
+            self.left_at = step
+            trainer.should_stop = True
+
+    def _save(self, trainer: pl.Trainer, module: MusicLMModule, *, must: bool) -> None:
+        try:
+            self.saver.save(module.lm, module.ema, trainer.optimizers[0], module.progress)
+        except UserError as error:
+            self._warn(error)
+            if must:
+                self.saver.save(module.lm, module.ema, trainer.optimizers[0], module.progress)
+        if must:
+            self.saver.wait()
+
+    def _warn(self, error: UserError) -> None:
+        if self.saver.rank == 0:
+            print(f"warning   {error}; training goes on", flush=True)
+
+    def _all_agree(self, trainer: pl.Trainer) -> bool:
+        """Whether any rank was asked to leave before the step that has just been made: the same answer on all.
+
+        The exchange of a step is read at the next one, so nobody waits for it.
+        """
+        if trainer.world_size == 1:
+            return bool(self.asked)
+        leave = False
+        if self._vote is not None:
+            work, votes = self._vote
+            work.wait()
+            leave = bool(votes.item())
+        votes = torch.tensor([int(bool(self.asked))])
+        self._vote = (dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group(), async_op=True), votes)
+        return leave
+
+    def _group(self) -> Any:
+        if not hasattr(self, "_votes"):
+            self._votes = dist.new_group(backend="gloo")
+        return self._votes
+
+    def _restore_signals(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self._restore_signals()
+        if self._vote is not None:
+            self._vote[0].wait()
+
+    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
+        self._restore_signals()
 
 
 class Bar(EachStep):

@@ -2,13 +2,13 @@
 
 A batch is addressed by its step. The stream below yields this rank's parts of step s, s+1, ... from wherever the run
 stands; it has no state of its own, and no shuffle buffer. Caption variants, word dropout and condition dropout are
-applied here and never at ingest; validation hears the raw description.
+applied here and never at ingest, and captions are tokenised here, in the workers; validation hears the raw description.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from musicgen.conditioning import drop_words
+from musicgen.conditioning import CaptionTokenizer, Tokens, drop_words
 from musicgen.errors import UserError
 from pipelines.shard import ShardSet
 from training import loss, plan
+from training.sources import Sources
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class BatchConfig:
     Args:
         crop_seconds: length of a crop.
         size: items of the global batch, over all ranks and accumulated parts.
-        accumulate: parts into which a rank's share of the batch is split to save memory.
+        accumulate: parts into which a rank's share of the batch is split to save memory; 0 takes as few as fit.
         min_segment_ratio: least share of a crop inside its track.
         tail_seconds: last seconds of a track that crops leave out (see `plan.CropRule`).
         sample_by: `tracks` draws each track alike (the reference), `seconds` each second of audio alike.
@@ -42,7 +43,7 @@ class BatchConfig:
 
     crop_seconds: float = 30.0
     size: int = 192
-    accumulate: int = 1
+    accumulate: int = 0
     min_segment_ratio: float = 0.8
     tail_seconds: float = 0.0
     sample_by: Literal["tracks", "seconds"] = "tracks"
@@ -55,7 +56,7 @@ class BatchConfig:
     def __post_init__(self) -> None:
         if not 0.64 <= self.crop_seconds <= 300:
             raise ValueError(f"batch.crop_seconds is {self.crop_seconds}; it must be 0.64 to 300 seconds")
-        for name, least in (("size", 1), ("accumulate", 1), ("workers", 0), ("valid_crops", 1), ("valid_batch", 1)):
+        for name, least in (("size", 1), ("accumulate", 0), ("workers", 0), ("valid_crops", 1), ("valid_batch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"batch.{name} is {getattr(self, name)}; it must be at least {least}")
         for name in ("condition_dropout", "word_dropout"):
@@ -78,6 +79,7 @@ class Batch:
         valid_frames: valid frames of every item of the *global* batch.
         step: 0-based step, -1 in validation.
         keys: the tracks' keys, for messages.
+        tokens: the captions as the text encoder's ids; None where they were not asked for.
     """
 
     codes: Tensor
@@ -86,25 +88,29 @@ class Batch:
     valid_frames: np.ndarray
     step: int
     keys: list[str]
+    tokens: Tokens | None = None
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tokens = None if self.tokens is None else self.tokens.apply(change)
+        return replace(self, codes=change(self.codes), valid=change(self.valid), tokens=tokens)
 
     def to(self, device: torch.device | str, **options: Any) -> Batch:
         """The batch with its tensors on a device (Lightning calls this)."""
-        codes, valid = self.codes.to(device, **options), self.valid.to(device, **options)
-        return Batch(codes, valid, self.texts, self.valid_frames, self.step, self.keys)
+        return self._each(lambda tensor: tensor.to(device, **options))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (the loader calls this where there is a GPU)."""
-        codes, valid = self.codes.pin_memory(), self.valid.pin_memory()
-        return Batch(codes, valid, self.texts, self.valid_frames, self.step, self.keys)
+        return self._each(lambda tensor: tensor.pin_memory())
 
 
-def tracks_of(shards: ShardSet, split: str) -> plan.Tracks:
+def tracks_of(shards: ShardSet | Sources, split: str) -> plan.Tracks:
     """The tracks of a split with at least one frame and a positive weight."""
     rows = shards.rows(split)
     frames = shards.index.column("frames").to_numpy()[rows].astype(np.int64)
     weights = shards.index.column("weight").to_numpy()[rows].astype(np.float64)
     usable = (frames > 0) & (weights > 0)
-    return plan.Tracks(rows[usable], frames[usable], weights[usable])
+    source, shares = (shards.source[rows][usable], shards.shares) if isinstance(shards, Sources) else (None, None)
+    return plan.Tracks(rows[usable], frames[usable], weights[usable], source, shares)
 
 
 def crop_rule(config: BatchConfig, frame_rate: float) -> plan.CropRule:
@@ -133,7 +139,7 @@ def raw_text(meta: dict[str, Any]) -> str | None:
     return (descriptions[0]["text"] or None) if descriptions else None
 
 
-def collate(shards: ShardSet, items: Sequence[plan.Item], texts: list[str | None], crop_frames: int) -> Batch:
+def collate(shards: ShardSet | Sources, items: Sequence[plan.Item], texts: list[str | None], crop_frames: int) -> Batch:
     """Read the crops of `items` into one batch; its `valid_frames` are those of these items."""
     books = int(shards.info["codec"]["num_codebooks"])
     codes = np.zeros((len(items), books, crop_frames), dtype=np.int16)
@@ -158,48 +164,74 @@ class Stream(IterableDataset):
     Args:
         start: first step.
         rank, world: this process among all.
+        tokenize: turns captions into ids; without it a batch carries its texts alone.
     """
 
     def __init__(
         self,
-        shards: ShardSet,
+        shards: ShardSet | Sources,
         config: BatchConfig,
         *,
         seed: int,
         start: int = 0,
         rank: int = 0,
         world: int = 1,
+        tokenize: CaptionTokenizer | None = None,
     ) -> None:
-        self.shards, self.config = shards, config
+        self.shards, self.config, self.tokenize = shards, config, tokenize
+        self.parts = max(config.accumulate, 1)
         self.seed, self.start, self.rank, self.world = seed, start, rank, world
         self.rule = crop_rule(config, shards.info["codec"]["frame_rate"])
         self.tracks = tracks_of(shards, "train")
+        self.line = plan.cumulative(self.tracks, self.rule)
 
     def batch(self, step: int, part: int) -> Batch:
         """Part `part` of this rank's share of step `step`."""
         items, frames = plan.batch(
-            step, self.seed, self.tracks, self.rule, size=self.config.size, rank=self.rank, world=self.world
+            step,
+            self.seed,
+            self.tracks,
+            self.rule,
+            size=self.config.size,
+            rank=self.rank,
+            world=self.world,
+            line=self.line,
         )
-        share = len(items) // self.config.accumulate
+        share = len(items) // self.parts
         items = items[part * share : (part + 1) * share]
         texts = [training_text(self.shards.meta(i.row), i, self.config.word_dropout) for i in items]
         made = collate(self.shards, items, texts, self.rule.frames)
         made.valid_frames = frames
+        made.tokens = self.tokenize(texts) if self.tokenize else None
         return made
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | UserError]:
         # Worker w of n makes every n-th part; the loader takes them in turn, so the order is that of one process.
         info = get_worker_info()
         position, stride = (info.id, info.num_workers) if info else (0, 1)
         while True:
-            yield self.batch(self.start + position // self.config.accumulate, position % self.config.accumulate)
+            try:
+                yield self.batch(self.start + position // self.parts, position % self.parts)
+            except UserError as error:  # handed over as it is: a worker's own errors arrive as a traceback
+                yield error
+                return
             position += stride
 
 
-def training_loader(stream: Stream, *, pin_memory: bool = False) -> DataLoader:
+class Loader(DataLoader):
+    """A loader of whole batches that raises what its workers hand over."""
+
+    def __iter__(self) -> Any:
+        for made in super().__iter__():
+            if isinstance(made, UserError):
+                raise made
+            yield made
+
+
+def training_loader(stream: Stream, *, pin_memory: bool = False) -> Loader:
     """A loader over the stream; batches come whole from the stream, so nothing is collated here."""
     workers = stream.config.workers
-    return DataLoader(
+    return Loader(
         stream,
         batch_size=None,
         num_workers=workers,
@@ -209,15 +241,23 @@ def training_loader(stream: Stream, *, pin_memory: bool = False) -> DataLoader:
     )
 
 
-def validation_batches(shards: ShardSet, config: BatchConfig, *, rank: int = 0, world: int = 1) -> list[Batch]:
-    """This rank's part of the fixed validation crops; empty when the data set has no validation tracks."""
+def validation_batches(
+    shards: ShardSet | Sources, config: BatchConfig, *, rank: int = 0, world: int = 1
+) -> list[Batch]:
+    """This rank's part of the fixed validation crops; empty when the data set has no validation tracks.
+
+    Every rank has as many batches, because sharded ranks compute in step; what is missing is filled with empty crops.
+    """
     rule = crop_rule(config, shards.info["codec"]["frame_rate"])
-    items = plan.validation(tracks_of(shards, "valid"), rule, config.valid_crops)[rank::world]
+    every = plan.validation(tracks_of(shards, "valid"), rule, config.valid_crops)
+    items = every[rank::world]
+    if every:
+        items += [replace(every[0], frames=0)] * (-(-len(every) // world) - len(items))
     parts = [items[i : i + config.valid_batch] for i in range(0, len(items), config.valid_batch)]
     return [collate(shards, part, [raw_text(shards.meta(i.row)) for i in part], rule.frames) for part in parts]
 
 
-def unigram_loss(shards: ShardSet, config: BatchConfig, at_most: int = 3000) -> np.ndarray:
+def unigram_loss(shards: ShardSet | Sources, config: BatchConfig, at_most: int = 3000) -> np.ndarray:
     """The line that a validation loss is read against, nats `[K]`: a unigram model on the same validation crops.
 
     It has counted the codes of (an even selection of `at_most`) training tracks. Without validation tracks it is
@@ -238,7 +278,9 @@ def unigram_loss(shards: ShardSet, config: BatchConfig, at_most: int = 3000) -> 
     return loss.unigram_loss(known, scored if scored.any() else known)
 
 
-def check(shards: ShardSet, config: BatchConfig, *, world: int, num_codebooks: int, codebook_size: int) -> None:
+def check(
+    shards: ShardSet | Sources, config: BatchConfig, *, world: int, num_codebooks: int, codebook_size: int
+) -> None:
     """Refuse a data set that this model or these settings cannot train on.
 
     Raises:
@@ -256,8 +298,11 @@ def check(shards: ShardSet, config: BatchConfig, *, world: int, num_codebooks: i
             f"DATA={str(shards.root)!r} holds no training tracks ({len(shards)} tracks in all); "
             "ingest more tracks: splits are decided by hash of artist and work"
         )
-    if config.size % (world * config.accumulate):
+    parts = world * max(config.accumulate, 1)
+    if config.size % parts:
+        near = sorted({max(config.size // parts, 1) * parts, (config.size // parts + 1) * parts})
         raise UserError(
-            f"batch.size {config.size} must be a multiple of {world} processes x batch.accumulate "
-            f"{config.accumulate}; for instance {world * config.accumulate * max(1, config.size // world)}"
+            f"batch.size {config.size} must be a multiple of {world} processes"
+            + (f" x batch.accumulate {config.accumulate}" if config.accumulate > 1 else "")
+            + f"; for instance {' or '.join(map(str, near))}"
         )

@@ -2,23 +2,27 @@
 
 It holds what a step needs and nothing that decides which step it is: `step` counts completed steps of the run, over
 every resume. The frozen text encoder runs inside the step, without gradient, and is no part of the module's state.
+Under sharding every method here that touches weights is called on all ranks alike.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from musicgen import patterns
 from musicgen.conditioning import TextEncoder
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
-from training import loss, optim, plan
+from training import loss, optim, plan, state, strategy
 from training.data import Batch
-from training.state import Progress, restore_optimizer
 
 
 class NonFiniteLoss(UserError):
@@ -37,6 +41,8 @@ class MusicLMModule(pl.LightningModule):
         accumulate: parts per step.
         frame_rate: codec frames per second.
         seed: of the residual dropout, where the model has any.
+        prepare: (model, device) recomputes, compiles and shards the model once processes talk to each other.
+        resume: the run's `state/` to go on from at `progress.step`; None starts anew.
     """
 
     def __init__(
@@ -50,15 +56,16 @@ class MusicLMModule(pl.LightningModule):
         accumulate: int = 1,
         frame_rate: float = 50.0,
         seed: int = 0,
+        prepare: Callable[[nn.Module, torch.device], None] | None = None,
+        resume: Path | None = None,
     ) -> None:
         super().__init__()
         self.lm = lm
         self.optim_config, self.total_steps = config, total_steps
         self.crop_frames, self.accumulate, self.frame_rate = crop_frames, accumulate, frame_rate
         self.seed = seed
-        self.ema = optim.EMA(lm, config.ema_decay)
-        self.progress = Progress()
-        self.optimizer_tensors: dict[str, Tensor] | None = None  # of the state resumed from, until the optimiser exists
+        self._prepare, self.resume = prepare, resume
+        self.progress = state.Progress(accumulate=accumulate)
         self.sums = torch.zeros(lm.config.num_codebooks)
         self.counts = torch.zeros(lm.config.num_codebooks)
         self.grad_norm = torch.zeros(())
@@ -70,19 +77,25 @@ class MusicLMModule(pl.LightningModule):
         """The frozen text encoder."""
         return self._encoder[0]
 
+    def configure_model(self) -> None:
+        """Shard, compile and so on, once (Lightning calls this as soon as the processes are connected)."""
+        if self._prepare is not None:
+            prepare, self._prepare = self._prepare, None
+            prepare(self.lm, self.trainer.strategy.root_device)
+
     def on_train_start(self) -> None:
-        """Bring all that Lightning does not know to its device; restore the optimiser of a resumed run."""
+        """Bring all that Lightning does not know to its device; start the average; restore a resumed run."""
         self.encoder.to(self.device)
-        self.ema.shadow = {name: t.to(self.device) for name, t in self.ema.shadow.items()}
+        self.ema = optim.EMA(self.lm, self.optim_config.ema_decay)
         self.sums, self.counts = self.sums.to(self.device), self.counts.to(self.device)
-        if self.optimizer_tensors is not None:
-            restore_optimizer(self.trainer.optimizers[0], self.lm, self.optimizer_tensors)
-            self.optimizer_tensors = None
+        self.progress.ranks = self.trainer.world_size
+        if self.resume is not None:
+            state.load(self.resume, self.progress.step, self.lm, self.ema, self.trainer.optimizers[0])
 
     def score(self, batch: Batch, text: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Cross-entropy sums `[K]` of this rank's items and target counts `[K]` of the batch's `valid_frames`."""
         config = self.lm.config
-        hidden, mask = text if text is not None else self.encoder.encode(batch.texts)
+        hidden, mask = text if text is not None else self.encoder.encode(batch.tokens or batch.texts)
         inputs, targets, scored = patterns.training_columns(
             batch.codes.long(), config.special_id, valid=batch.valid, pattern=config.pattern, tail=config.tail
         )
@@ -99,27 +112,40 @@ class MusicLMModule(pl.LightningModule):
         if self.lm.config.dropout:  # the only thing a step draws from torch's generators: address it too
             torch.manual_seed(hash((self.seed, batch.step, batch_index % self.accumulate, self.global_rank)))
         sums, counts = self.score(batch)
-        if not bool(torch.isfinite(sums.detach()).all()):
-            raise NonFiniteLoss(self._non_finite("loss", batch))
         if batch_index % self.accumulate == 0:
             self.sums.zero_()
+            self._parts: list[tuple[Batch, Tensor]] = []
             self.progress.audio_seconds_seen += float(batch.valid_frames.sum()) / self.frame_rate
         self.sums += sums.detach()
         self.counts = counts
-        self._last_batch = batch
-        # DDP averages over ranks and Lightning divides by the parts: undo both, for the counts are global already.
+        self._parts.append((batch, sums.detach()))
+        # Gradients are averaged over ranks and Lightning divides by the parts: undo both, for the counts are global.
         return loss.mean_over_codebooks(sums, counts) * (self.trainer.world_size * self.accumulate)
 
-    def _non_finite(self, what: str, batch: Batch) -> str:
-        tracks = ", ".join(dict.fromkeys(batch.keys))
-        return (
-            f"the {what} is not finite at step {batch.step + 1} (tracks {tracks}); no update was made. "
-            "Lower --optim.lr, raise --optim.warmup_steps or use --hardware.precision float32, "
+    def _stop_at_non_finite(self) -> None:
+        """Raise `NonFiniteLoss` on every rank, naming the tracks whose loss is not finite, else all of the batch's.
+
+        Called once the gradients of all ranks are together: a loss that is not finite anywhere makes their norm so
+        everywhere, so nobody waits for a rank that has stopped, and a good step costs no exchange.
+        """
+        bad = [key for batch, sums in self._parts if not bool(torch.isfinite(sums).all()) for key in batch.keys]
+        every = [key for batch, _ in self._parts for key in batch.keys]
+        step = self._parts[0][0].step
+        gathered: list[Any] = [(bad, every)]
+        if self.trainer.world_size > 1:
+            gathered = [None] * self.trainer.world_size
+            dist.all_gather_object(gathered, (bad, every))
+        bad = [key for rank in gathered for key in rank[0]]
+        tracks = dict.fromkeys(bad or [key for rank in gathered for key in rank[1]])
+        shown = ", ".join([*tracks][:20]) + (f" and {len(tracks) - 20} more" if len(tracks) > 20 else "")
+        raise NonFiniteLoss(
+            f"the {'loss' if bad else 'gradient'} is not finite at step {step + 1} (tracks {shown}); no update was "
+            "made. Lower --optim.lr, raise --optim.warmup_steps or use --hardware.precision float32, "
             "and run again: it resumes from the last state"
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over the language model."""
+        """The optimiser over the language model."""
         return optim.build_optimizer(self.lm.parameters(), self.optim_config)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -134,9 +160,10 @@ class MusicLMModule(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Clip, keep the norm for the record, and stop before an update that would spoil the weights."""
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.lm.parameters(), self.optim_config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.lm.parameters(), self.optim_config.clip)
+        self.grad_norm = strategy.number(norm)
         if not bool(torch.isfinite(self.grad_norm)):
-            raise NonFiniteLoss(self._non_finite("gradient", self._last_batch))
+            self._stop_at_non_finite()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Update the weights; the step is then complete and the average follows."""
@@ -153,6 +180,7 @@ class MusicLMModule(pl.LightningModule):
             **loss.metrics(sums.tolist(), self.counts.tolist(), "train"),  # type: ignore[union-attr]
             "train/lr": self.used_learning_rate,
             "train/grad_norm": float(self.grad_norm),
+            **optim.found_rate(self.trainer.optimizers[0]),
         }
 
     @torch.no_grad()
@@ -165,7 +193,7 @@ class MusicLMModule(pl.LightningModule):
         """
         sums, counts = torch.zeros_like(self.sums), torch.zeros_like(self.sums)
         self.lm.eval()
-        with self.ema.swapped(self.lm), self.trainer.precision_plugin.val_step_context():
+        with self._averaged(), self.trainer.precision_plugin.val_step_context():
             for number, batch in enumerate(batches):
                 if number not in texts:
                     texts[number] = self.encoder.encode(batch.texts)
@@ -175,3 +203,38 @@ class MusicLMModule(pl.LightningModule):
         self.lm.train()
         both = self.trainer.strategy.reduce(torch.stack([sums, counts]), reduce_op="sum")
         return loss.metrics(both[0].tolist(), both[1].tolist(), "valid")  # type: ignore[index]
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in the model, on every rank, sharded as it is."""
+        try:
+            with self.ema.swapped(self.lm):
+                strategy.forget_gathered(self.lm)
+                yield
+        finally:
+            strategy.forget_gathered(self.lm)
+
+    @contextmanager
+    def averaged(self) -> Iterator[MusicLM | None]:
+        """A model that holds the averaged weights, to generate with or to release: on rank 0, None on the others.
+
+        The model itself while it is whole; where it is sharded, a copy on the CPU put together from all ranks.
+        """
+        if strategy.is_sharded(self.lm):
+            whole = {name: strategy.number(t).cpu() for name, t in self.ema.shadow.items()}
+            if self.global_rank:
+                yield None
+                return
+            with torch.device("meta"):
+                copy = MusicLM(self.lm.config)
+            copy.load_state_dict(whole, assign=True)
+            yield copy.eval()
+        elif self.global_rank:
+            yield None
+        else:
+            self.lm.eval()
+            try:
+                with self.ema.swapped(self.lm):
+                    yield self.lm
+            finally:
+                self.lm.train()

@@ -2,20 +2,29 @@
 
 AdamW with decoupled decay on every parameter (norms and embeddings too, as the reference), a linear warm-up and a
 cosine, and an exponential moving average of the weights (EMA) with the reference's bias correction: the n-th update
-moves the average by 1 / (1 + d + d^2 + ...), so that the first one copies the model.
+moves the average by 1 / (1 + d + d^2 + ...), so that the first one copies the model. D-Adaptation, which the paper uses
+for its smallest size, and Prodigy, its maintained successor, find the step size themselves; they are an extra.
 
 Source: Copet et al. 2023, section 3; audiocraft `optim/ema.py`, `optim/cosine_lr_scheduler.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from musicgen.errors import UserError
+
+# Numbers per parameter that each optimiser keeps, for the plan.
+MOMENTS = {"adamw": 2, "dadapt": 3, "prodigy": 4}
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,8 @@ class OptimConfig:
     """How the weights move.
 
     Args:
+        name: `adamw`, or one that finds its step size and takes `lr` as a factor on it (1 as a rule): `dadapt`
+            (D-Adaptation Adam, as the paper trains 300M) or `prodigy`; these two come with the extra `adaptive`.
         lr: peak learning rate.
         warmup_steps: steps of linear warm-up from 0.
         lr_min_ratio: where the cosine ends, as a share of `lr`.
@@ -34,6 +45,7 @@ class OptimConfig:
         ema_every: steps between two updates of the average.
     """
 
+    name: Literal["adamw", "dadapt", "prodigy"] = "adamw"
     lr: float = 1e-4
     warmup_steps: int = 4000
     lr_min_ratio: float = 0.0
@@ -66,20 +78,44 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     return config.lr * (config.lr_min_ratio + (1 - config.lr_min_ratio) * cosine)
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters in one group; the module sets the learning rate of each step."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser over all parameters in one group; the module sets the learning rate of each step.
+
+    Raises:
+        UserError: the adaptive optimisers are not installed.
+    """
+    common: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **common)
+    with contextlib.redirect_stdout(io.StringIO()):  # both print a line of their own
+        try:
+            if config.name == "dadapt":
+                from dadaptation import DAdaptAdam
+
+                return DAdaptAdam(parameters, decouple=True, **common)
+            from prodigyopt import Prodigy
+
+            return Prodigy(parameters, decouple=True, safeguard_warmup=True, **common)
+        except ImportError as error:
+            raise UserError(
+                f"--optim.name {config.name} needs the package {error.name}; install it with "
+                "`pip install -e '.[adaptive]'`, or use --optim.name adamw"
+            ) from error
+
+
+def found_rate(optimizer: Any) -> dict[str, float]:
+    """`train/d`, the step size that an adaptive optimiser has found; nothing of others."""
+    group = optimizer.param_groups[0]
+    return {"train/d": float(group["d"])} if "d" in group else {}
 
 
 class EMA:
-    """Averaged copy of a model's parameters, in float32 beside it.
+    """Averaged copy of a model's parameters, in float32 beside it, spread over the ranks as the model is.
 
     Attributes:
         shadow: name to averaged tensor.
@@ -101,18 +137,19 @@ class EMA:
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
-        """The model with averaged weights inside the block, its own again after it (even after an error)."""
-        own = {name: p.data for name, p in model.named_parameters()}
+        """The model with averaged weights inside the block, its own again after it (even after an error).
+
+        Values change places, not tensors: a sharded model keeps references to its storage.
+        """
+        self._exchange(model)
         try:
-            for name, p in model.named_parameters():
-                p.data = self.shadow[name]
             yield
         finally:
-            for name, p in model.named_parameters():
-                p.data = own[name]
+            self._exchange(model)
 
-    def load(self, shadow: Mapping[str, Tensor], count: float) -> None:
-        """Restore what a checkpoint holds."""
-        for name, tensor in self.shadow.items():
-            tensor.copy_(shadow[name])
-        self.count = count
+    @torch.no_grad()
+    def _exchange(self, model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            own = p.detach().clone()
+            p.copy_(self.shadow[name])
+            self.shadow[name].copy_(own)

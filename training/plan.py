@@ -28,11 +28,15 @@ class Tracks:
         rows: int64 `[N]`, row numbers in the index.
         frames: int64 `[N]`, codec frames of each.
         weights: float64 `[N]`, sampling weights of the index.
+        source: int64 `[N]`, the set of a mixture that each belongs to; None where there is one.
+        shares: float64 `[S]`, how much of what is drawn comes from each set.
     """
 
     rows: np.ndarray
     frames: np.ndarray
     weights: np.ndarray
+    source: np.ndarray | None = None
+    shares: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -96,15 +100,19 @@ def num_starts(track_frames: int, rule: CropRule) -> int:
     return max(drawn_frames(track_frames, rule) - _least(rule), 0) // GRID_FRAMES + 1
 
 
-def _cumulative(tracks: Tracks, rule: CropRule) -> np.ndarray:
+def cumulative(tracks: Tracks, rule: CropRule) -> np.ndarray:
+    """Where each track ends on the line from 0 to 1 that a draw falls on: float64 `[N]`."""
     mass = tracks.weights * tracks.frames if rule.sample_by == "seconds" else tracks.weights
+    if tracks.source is not None and tracks.shares is not None:
+        of_source = np.bincount(tracks.source, weights=mass, minlength=len(tracks.shares))
+        mass = mass * (tracks.shares / np.where(of_source > 0, of_source, 1))[tracks.source]
     return np.cumsum(mass / mass.sum())
 
 
-def draw(tracks: Tracks, rule: CropRule, step: int, seed: int, index: int, cumulative: np.ndarray) -> Item:
+def draw(tracks: Tracks, rule: CropRule, step: int, seed: int, index: int, line: np.ndarray) -> Item:
     """Item `index` of step `step`, from (seed, step, index) alone."""
     track_at, start_at, caption, keep = np.random.default_rng((seed, step, index)).random(4)
-    track = min(int(np.searchsorted(cumulative, track_at, side="right")), len(tracks) - 1)
+    track = min(int(np.searchsorted(line, track_at, side="right")), len(tracks) - 1)
     total = int(tracks.frames[track])
     start = GRID_FRAMES * int(start_at * num_starts(total, rule))
     total = drawn_frames(total, rule)
@@ -121,7 +129,15 @@ def draw(tracks: Tracks, rule: CropRule, step: int, seed: int, index: int, cumul
 
 
 def batch(
-    step: int, seed: int, tracks: Tracks, rule: CropRule, *, size: int, rank: int = 0, world: int = 1
+    step: int,
+    seed: int,
+    tracks: Tracks,
+    rule: CropRule,
+    *,
+    size: int,
+    rank: int = 0,
+    world: int = 1,
+    line: np.ndarray | None = None,
 ) -> tuple[list[Item], np.ndarray]:
     """This rank's items of a step.
 
@@ -129,6 +145,7 @@ def batch(
         step: 0-based step.
         size: items of the global batch; a multiple of `world`.
         rank, world: this process and how many there are. A rank gets a contiguous part of the global batch.
+        line: `cumulative(tracks, rule)`, for who draws many batches.
 
     Returns:
         this rank's items, and the valid frames int64 `[size]` of all items of the global batch: with them every rank
@@ -139,8 +156,8 @@ def batch(
     """
     if size % world:
         raise ValueError(f"a global batch of {size} does not divide among {world} processes")
-    cumulative = _cumulative(tracks, rule)
-    items = [draw(tracks, rule, step, seed, index, cumulative) for index in range(size)]
+    line = cumulative(tracks, rule) if line is None else line
+    items = [draw(tracks, rule, step, seed, index, line) for index in range(size)]
     part = size // world
     return items[rank * part : (rank + 1) * part], np.array([item.frames for item in items], dtype=np.int64)
 

@@ -1,12 +1,12 @@
 """The run's own checkpoints, runs/<name>/state/step-N: whole or absent, addressed by the step, nothing pickled.
 
-    model.safetensors      the weights being trained, float32
-    ema.safetensors        their moving average
-    optimizer.safetensors  AdamW's moments by parameter name
-    state.json             step, audio seconds seen, best validation loss, EMA count
+    shard-*.safetensors    weights, their average and the optimiser's moments, each rank's part (torch DCP)
+    state.json             step, audio seconds seen, best validation loss, EMA count, the optimiser's numbers; last
 
-A state is written under a temporary name, synced and renamed. All else that a run needs follows from the step: crops,
-captions and drop-outs (training.plan), the learning rate (training.optim).
+Tensors are copied aside at the step and written by a thread beside the training (`Saver`), under a temporary name that
+is renamed when every rank's part is on the disk. Names do not depend on the strategy, so a state of one rank loads on
+eight and a DDP run goes on under FSDP2 and back. All else that a run needs follows from the step: crops, captions and
+drop-outs (training.plan), the learning rate (training.optim).
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from musicgen.errors import UserError
 from training.optim import EMA
 
-KEEP_LAST = 2
+FILE_BYTES = 2**29  # of one file: a file is put together in memory before it is written
 
 
 @dataclass
@@ -37,6 +40,8 @@ class Progress:
         best_loss: lowest validation loss so far, None before the first validation.
         best_step: its step.
         ema_count: the average's bias correction.
+        ranks: processes that made the last step.
+        accumulate: parts of their share of the batch; on as many ranks the run goes on with as many parts.
     """
 
     step: int = 0
@@ -44,6 +49,8 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     ema_count: float = 0.0
+    ranks: int = 1
+    accumulate: int = 1
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -52,66 +59,156 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(p.name.removeprefix("step-")) for p in found if (p / "state.json").is_file())
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """An optimiser's state as named tensors: `<parameter>/<moment>`."""
+def _named(model: nn.Module, ema: EMA) -> dict[str, Tensor]:
+    weights = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
+    return weights | {f"ema/{name}": tensor for name, tensor in ema.shadow.items()}
+
+
+def _optimizer_parts(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as tensors `optimizer/<parameter>/<moment>`, and its numbers by the same names."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{key}": value.detach().cpu().clone()
-        for parameter, moments in optimizer.state.items()
-        for key, value in moments.items()
-    }
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for parameter, moments in optimizer.state.items():
+        for key, value in moments.items():
+            name = f"optimizer/{names[parameter]}/{key}"
+            if isinstance(value, Tensor) and value.dim():
+                tensors[name] = value.detach()
+            else:
+                number = value.item() if isinstance(value, Tensor) else value
+                numbers[name] = {"value": number, "tensor": isinstance(value, Tensor)}
+    groups = [
+        {key: value for key, value in group.items() if isinstance(value, (int, float)) and key != "lr"}
+        for group in optimizer.param_groups
+    ]
+    return tensors, {"numbers": numbers, "groups": groups, "moments": sorted(tensors)}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put named tensors back into an optimiser over `model`'s parameters."""
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, moment = key.rsplit("/", 1)
-        moments.setdefault(name, {})[moment] = value
-    tree = optimizer.state_dict()
-    tree["state"] = {i: moments[names[p]] for i, p in enumerate(order) if names[p] in moments}
-    optimizer.load_state_dict(tree)
+class Saver:
+    """Writes states, keeps some, drops the others.
 
-
-def save(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-    """Write `folder/step-N`, then drop states other than the last two and the best one's.
-
-    Raises:
-        UserError: the disk refuses (full, no rights); earlier states are untouched.
+    Args:
+        folder: the run's `state/`.
+        keep_last: newest states that stay; so do the best one's and every `keep_every`-th step's.
+        keep_every: 0 keeps none for this reason.
+        background: copy the tensors and write them beside the training (needs memory for the copy).
     """
-    from safetensors.torch import save as to_bytes
 
-    target = folder / f"step-{progress.step}"
-    temporary = folder / f".step-{progress.step}.tmp"
-    parts = {
-        "model.safetensors": {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()},
-        "ema.safetensors": {name: t.detach().cpu().contiguous() for name, t in ema.shadow.items()},
-        "optimizer.safetensors": optimizer_tensors(optimizer, model),
-    }
-    progress.ema_count = ema.count
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, tensors in parts.items():
-            _write_synced(temporary / name, to_bytes(tensors))
-        _write_synced(temporary / "state.json", json.dumps(asdict(progress), indent=2).encode())
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(temporary, target)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        kept = steps_in(folder)
-        raise UserError(
-            f"the state of step {progress.step} could not be written to {folder}: {error.strerror or error}. "
+    def __init__(self, folder: Path, *, keep_last: int = 2, keep_every: int = 0, background: bool = True) -> None:
+        self.folder, self.keep_last, self.keep_every, self.background = folder, keep_last, keep_every, background
+        self.several = dist.is_initialized() and dist.get_world_size() > 1
+        self.rank = dist.get_rank() if self.several else 0
+        # A group of its own: a thread's messages must not mix with those of the training.
+        self.group = dist.new_group(backend="gloo") if self.several else None
+        self._written = threading.Event()
+        self._written.set()
+        self._error: UserError | None = None
+        if self.rank == 0:
+            for left in folder.glob(".step-*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def save(self, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Write the state of `progress.step`; returns once its tensors may change again.
+
+        Every rank calls this at the same step.
+
+        Raises:
+            UserError: an earlier state, or this one where it is not written in the background, could not be written.
+        """
+        import torch.distributed.checkpoint as dcp
+
+        self.wait()
+        progress.ema_count = ema.count
+        moments, numbers = _optimizer_parts(optimizer, model)
+        tensors = _named(model, ema) | moments
+        document = {**asdict(progress), "optimizer": numbers}
+        place = self.folder / f".step-{progress.step}.tmp"
+        self._written.clear()
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            options: dict[str, Any] = {
+                "storage_writer": dcp.HuggingFaceStorageWriter(str(place), _files(tensors), save_distributed=True),
+                "process_group": self.group,
+                "no_dist": not self.several,
+            }
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if self.background:
+                    written: Any = dcp.async_save(tensors, **options)
+                    written.add_done_callback(lambda done: self._finish(place, document, done.exception()))
+                    return
+                dcp.save(tensors, **options)
+        except (Exception, dcp.api.CheckpointException) as error:
+            self._finish(place, document, error)
+        else:
+            self._finish(place, document, None)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written. Raises `UserError` once for a state that could not be."""
+        self._written.wait()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def failed(self) -> UserError | None:
+        """The error of a state that could not be written, once, without waiting."""
+        error = None
+        if self._written.is_set():
+            error, self._error = self._error, None
+        return error
+
+    def _finish(self, place: Path, document: dict[str, Any], error: BaseException | None) -> None:
+        """Make the state visible on rank 0 once all parts are there, or take back what there is of it."""
+        try:
+            if error is None and self.rank == 0:
+                _write_synced(place / "state.json", json.dumps(document, indent=1).encode())
+                target = self.folder / f"step-{document['step']}"
+                shutil.rmtree(target, ignore_errors=True)
+                os.rename(place, target)
+                self._drop(document["best_step"])
+        except OSError as problem:
+            error = problem
+        finally:
+            if error is not None:
+                shutil.rmtree(place, ignore_errors=True)
+                self._error = self._sorry(document["step"], error)
+            self._written.set()
+
+    def _drop(self, best_step: int | None) -> None:
+        steps = steps_in(self.folder)
+        kept = {*steps[-self.keep_last :], best_step}
+        for step in steps:
+            if step not in kept and not (self.keep_every and step % self.keep_every == 0):
+                shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
+
+    def _sorry(self, step: int, error: BaseException) -> UserError:
+        kept = steps_in(self.folder)
+        return UserError(
+            f"the state of step {step} could not be written to {self.folder}: {_reason(error)}. "
             f"The last whole state is {f'step {kept[-1]}' if kept else 'none'}; free some room and run the same "
             "command again"
-        ) from error
-    kept_steps = {*steps_in(folder)[-KEEP_LAST:], progress.best_step}
-    for step in steps_in(folder):
-        if step not in kept_steps:
-            shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
-    return target
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """What the disk said, out of what DCP made of it."""
+    for _, (cause, *_rest) in getattr(error, "failures", {}).items():
+        error = cause
+    while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return (error.strerror if isinstance(error, OSError) else None) or _first(error)
+
+
+def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Which file each tensor goes to, in order, about `FILE_BYTES` in each."""
+    numbers, total = {}, 0
+    for name, tensor in tensors.items():
+        numbers[name] = total // FILE_BYTES + 1
+        total += tensor.numel() * tensor.element_size()
+    # Files are numbered without a gap.
+    order = {number: i for i, number in enumerate(sorted(set(numbers.values())), start=1)}
+    return {name: order[number] for name, number in numbers.items()}
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -121,29 +218,93 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def load(folder: Path, step: int, model: nn.Module, ema: EMA) -> tuple[Progress, dict[str, Tensor]]:
-    """Restore weights and average from `folder/step-N`.
+def read_progress(folder: Path, step: int) -> Progress:
+    """What `folder/step-N` knows beside its tensors. Raises `UserError` when it is damaged."""
+    return Progress(**{k: v for k, v in _document(folder / f"step-{step}").items() if k != "optimizer"})
 
-    Returns:
-        the progress, and the optimiser's tensors for `restore_optimizer` (it does not exist yet at this point).
+
+def _document(place: Path) -> dict[str, Any]:
+    try:
+        return json.loads((place / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(place, error) from error
+
+
+def load(folder: Path, step: int, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Restore weights, average and optimiser from `folder/step-N` in place, each rank its own part.
 
     Raises:
         UserError: the state does not fit the model or is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    import torch.distributed.checkpoint as dcp
 
     place = folder / f"step-{step}"
+    document = _document(place)
+    targets = _named(model, ema)
+    moments = _moment_targets(model, document["optimizer"]["moments"]) if optimizer is not None else {}
+    several = dist.is_initialized() and dist.get_world_size() > 1
     try:
-        model.load_state_dict(load_file(place / "model.safetensors"))
-        progress = Progress(**json.loads((place / "state.json").read_text()))
-        ema.load(load_file(place / "ema.safetensors"), progress.ema_count)
-        return progress, load_file(place / "optimizer.safetensors")
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"{place} cannot be read: {_first(error)}. Delete this folder to go on from an earlier state, "
-            "or give another RUN to start anew"
-        ) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reader = dcp.HuggingFaceStorageReader(str(place))
+            dcp.load({**targets, **moments}, storage_reader=reader, no_dist=not several)
+        ema.count = document["ema_count"]
+        if optimizer is not None:
+            _restore(optimizer, model, moments, document["optimizer"])
+    except (Exception, dcp.api.CheckpointException) as error:
+        raise _damaged(place, error) from error
+
+
+def _damaged(place: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"{place} cannot be read: {_reason(error)}. Delete this folder to go on from an earlier state, "
+        "or give another RUN to start anew"
+    )
+
+
+def _moment_targets(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """Tensors to read moments into: shaped and spread like their parameters (flat where Prodigy keeps them so)."""
+    parameters = dict(model.named_parameters())
+    targets = {}
+    for name in names:
+        parameter = parameters[name.removeprefix("optimizer/").rsplit("/", 1)[0]].detach()
+        like = torch.zeros_like(parameter)
+        targets[name] = like.flatten() if name.rsplit("/", 1)[1] in ("s", "p0") and _is_flat(name, names) else like
+    return targets
+
+
+def _is_flat(name: str, names: list[str]) -> bool:
+    # Only Prodigy keeps the starting point p0, and flat.
+    return f"{name.rsplit('/', 1)[0]}/p0" in names
+
+
+def _restore(optimizer: torch.optim.Optimizer, model: nn.Module, moments: dict[str, Tensor], stored: Any) -> None:
+    """Put moments and numbers back into an optimiser over `model`'s parameters."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in moments.items():
+        parameter, key = name.removeprefix("optimizer/").rsplit("/", 1)
+        optimizer.state[parameters[parameter]][key] = tensor
+    for name, entry in stored["numbers"].items():
+        parameter, key = name.removeprefix("optimizer/").rsplit("/", 1)
+        value = torch.tensor(float(entry["value"])) if entry["tensor"] else entry["value"]
+        if entry["tensor"]:
+            value = value.to(parameters[parameter].device)
+        optimizer.state[parameters[parameter]][key] = value
+    for group, numbers in zip(optimizer.param_groups, stored["groups"]):
+        group.update(numbers)
+
+
+def tensors(place: Path) -> dict[str, Tensor]:
+    """All tensors of a state folder, whole, by name (`model/…`, `ema/…`, `optimizer/…`); for looking into it."""
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(place))
+    found: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    whole = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in found.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(dict(whole), storage_reader=dcp.HuggingFaceStorageReader(str(place)), no_dist=True)
+    return whole
 
 
 def _first(error: Any) -> str:

@@ -1,22 +1,25 @@
-"""On which hardware and how: the only file that names strategies and precision. Builds the Trainer, prints the plan.
+"""On which hardware and how: the only file that names DDP, FSDP, compile and precision. Builds the Trainer.
 
-One process trains alone; several run DDP, each with a whole copy of the model, gloo on CPUs and NCCL on GPUs. bf16
-means autocast with float32 master weights; weights, moments and average stay float32.
+One process trains alone. Several run DDP, each with a whole copy of the model, or FSDP2 (Lightning's
+ModelParallelStrategy), where blocks are sharded over all ranks (fsdp) or over groups that mirror each other (hybrid);
+gloo on CPUs, NCCL on GPUs. bf16 means autocast with float32 master weights; weights, moments and average stay float32.
+Which of these a run takes is decided by `training.budget` unless the settings say so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from torch import nn
 
-from musicgen.config import LMConfig
 from musicgen.errors import UserError
-
-BYTES_PER_PARAMETER = 4 + 4 + 8 + 4  # weights, gradient, AdamW's two moments, average
+from musicgen.lm import MusicLM
+from training.budget import Plan
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,12 @@ class HardwareConfig:
         precision: `bf16` is autocast with float32 master weights; `auto` takes it on GPUs and on processors with
             512-bit vectors, and float32 elsewhere, where bf16 is emulated at a fraction of the speed.
         threads: CPU threads per process; 0 leaves torch's choice.
+        strategy: `ddp` copies the model to every rank, `fsdp` shards it over all, `hybrid` over groups of ranks;
+            `auto` takes what the plan says.
+        shard_group: ranks that share one copy under `hybrid`; 0 takes the ranks of a node.
+        checkpointing: what is recomputed in the backward pass: `none`; `selective` all but matrix products and
+            attention; `full` whole blocks; `auto` the least with which the batch fits.
+        compile: compile each block; `auto` does so on GPUs.
     """
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -37,9 +46,13 @@ class HardwareConfig:
     nodes: int = 1
     precision: Literal["auto", "bf16", "float32"] = "auto"
     threads: int = 0
+    strategy: Literal["auto", "ddp", "fsdp", "hybrid"] = "auto"
+    shard_group: int = 0
+    checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("devices", 1), ("nodes", 1), ("threads", 0)):
+        for name, least in (("devices", 1), ("nodes", 1), ("threads", 0), ("shard_group", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"hardware.{name} is {getattr(self, name)}; it must be at least {least}")
 
@@ -61,6 +74,11 @@ class HardwareConfig:
         fast = self.uses_gpu or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         return "bf16" if fast else "float32"
 
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks are compiled."""
+        return self.compile == "on" or (self.compile == "auto" and self.uses_gpu)
+
 
 def check(config: HardwareConfig) -> None:
     """Raises `UserError` when GPUs were asked for that are not there."""
@@ -72,14 +90,25 @@ def check(config: HardwareConfig) -> None:
 
 
 def build_trainer(
-    config: HardwareConfig, *, steps: int, accumulate: int, callbacks: Sequence[pl.Callback], logger: Any = None
+    config: HardwareConfig,
+    plan: Plan,
+    *,
+    steps: int,
+    callbacks: Sequence[pl.Callback],
+    logger: Any = None,
 ) -> pl.Trainer:
     """A Trainer that makes `steps` steps; checkpoints and bar are ours, so Lightning's own are off."""
     if config.threads:
         torch.set_num_threads(config.threads)
     options: dict[str, Any] = {}
-    if config.world > 1:
-        options["strategy"] = pl.strategies.DDPStrategy(process_group_backend="nccl" if config.uses_gpu else "gloo")
+    # States are written through the CPU's backend whatever the gradients travel by.
+    backend = "cpu:gloo,cuda:nccl" if config.uses_gpu else "gloo"
+    if plan.strategy == "ddp":
+        options["strategy"] = pl.strategies.DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
+    elif plan.strategy in ("fsdp", "hybrid"):
+        options["strategy"] = pl.strategies.ModelParallelStrategy(
+            data_parallel_size=config.world, tensor_parallel_size=1, process_group_backend=backend
+        )
     return pl.Trainer(
         accelerator="gpu" if config.uses_gpu else "cpu",
         devices=config.devices,
@@ -87,7 +116,7 @@ def build_trainer(
         precision="bf16-mixed" if config.number_format == "bf16" else "32-true",
         max_steps=steps,
         max_epochs=-1,
-        accumulate_grad_batches=accumulate,
+        accumulate_grad_batches=plan.accumulate,
         callbacks=list(callbacks),
         logger=logger or False,
         enable_checkpointing=False,
@@ -100,31 +129,102 @@ def build_trainer(
     )
 
 
-def plan_lines(
-    name: str,
-    lm: LMConfig,
-    hardware: HardwareConfig,
-    *,
-    data: str,
-    batch: int,
-    crop_seconds: float,
-    steps: int,
-    start: int,
-    unigram: Sequence[float],
-) -> list[str]:
-    """The plan of a run, printed before it starts."""
-    parameters = lm.num_parameters()
-    device = f"{hardware.world} x {'GPU' if hardware.uses_gpu else 'CPU process'}"
-    books = ", ".join(f"{h:.2f}" for h in unigram)
+def build_model(make: Callable[[], MusicLM], plan: Plan, rank: int) -> MusicLM:
+    """The model as this rank starts with it: whole, or without storage where rank 0 will send its shards."""
+    if plan.shards > 1 and rank > 0:
+        with torch.device("meta"):
+            return make()
+    return make()
+
+
+def prepare(lm: nn.Module, config: HardwareConfig, plan: Plan, device: torch.device) -> None:
+    """Recompute, compile and shard the blocks of `lm` in place; parameter names stay as they are.
+
+    Called on every rank once processes talk to each other. Under sharding rank 0's weights are the ones that count.
+    """
+    blocks: list[Any] = list(lm.transformer.layers)  # type: ignore[union-attr, arg-type]
+    for block in blocks:
+        # Set on the instance: a wrapping module would change the names of parameters and the step-wise path.
+        if plan.checkpointing != "none":
+            selective, draws = plan.checkpointing == "selective", block.dropout > 0
+            block.forward = functools.partial(_checkpointed, block.forward, selective, draws)
+        if config.compiles:
+            block.forward = torch.compile(block.forward, dynamic=False)
+    if plan.shards > 1:
+        _shard(lm, blocks, config, plan, device)
+
+
+def _checkpointed(forward: Any, selective: bool, draws: bool, *inputs: Any) -> Any:
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    options: dict[str, Any] = {}
+    if selective:
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _kept_ops())
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=draws, **options)
+
+
+@functools.cache
+def _kept_ops() -> list[Any]:
+    """What selective checkpointing keeps: results of matrix products and attention, dear to make again."""
+    aten = torch.ops.aten
     return [
-        f"model     {name}: {parameters:,} parameters ({lm.num_layers} layers, width {lm.dim}, {lm.num_heads} heads), "
-        f"text encoder {lm.condition.text_encoder}",
-        f"data      {data}",
-        f"steps     {steps}"
-        + (f", going on from {start}" if start else "")
-        + f"; batch {batch} x {crop_seconds:g} s = {batch * crop_seconds:,.0f} s of audio a step",
-        f"hardware  {device}, {hardware.number_format}, {parameters * BYTES_PER_PARAMETER / 2**30:.2f} GiB of weights, "
-        "gradients, moments and average per process",
-        f"unigram   {sum(unigram) / len(unigram):.3f} nats on the validation crops, mean of the codebooks [{books}]: "
-        "the loss of a model that only knows how common each code is",
+        aten.mm.default,
+        aten.bmm.default,
+        aten.addmm.default,
+        aten.baddbmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
     ]
+
+
+def _shard(lm: Any, blocks: list[Any], config: HardwareConfig, plan: Plan, device: torch.device) -> None:
+    """FSDP2: each block on its own, embeddings, heads and norms with the root."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    copies = plan.ranks // plan.shards
+    names = ("copies", "shards") if copies > 1 else ("shards",)
+    mesh = init_device_mesh(device.type, (copies, plan.shards) if copies > 1 else (plan.shards,), mesh_dim_names=names)
+    whole = {name: p.detach() for name, p in lm.named_parameters()} if not _is_meta(lm) else {}
+    low = torch.bfloat16 if config.number_format == "bf16" else torch.float32
+    # Blocks travel in bf16 and their gradients in float32; the residual stream between them keeps its type. The root's
+    # one per cent stays float32, as autocast leaves embeddings.
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(lm, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    register_fsdp_forward_method(lm, "hidden")
+    if _is_meta(lm):
+        lm.to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(lm, whole, options=options)
+
+
+def _is_meta(lm: nn.Module) -> bool:
+    return any(p.is_meta for p in lm.parameters())
+
+
+def is_sharded(lm: nn.Module) -> bool:
+    """Whether this rank holds only its part of the weights."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in lm.parameters())
+
+
+def forget_gathered(lm: nn.Module) -> None:
+    """Drop gathered weights after they were changed behind FSDP's back; nothing to do elsewhere."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in lm.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def number(value: Any) -> torch.Tensor:
+    """A tensor that may be spread over ranks, as an ordinary one on each."""
+    from torch.distributed.tensor import DTensor
+
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -7,9 +7,11 @@ averaged weights of the best validation.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
+import signal
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,19 +24,24 @@ import yaml
 from musicgen import settings
 from musicgen.config import SIZES, LMConfig, size
 from musicgen.errors import UserError
+from training import budget
 from training.callbacks import LogConfig
 from training.data import BatchConfig
-from training.optim import OptimConfig
+from training.optim import MOMENTS, OptimConfig
+from training.state import Progress
 from training.strategy import HardwareConfig
 
 if TYPE_CHECKING:
     from musicgen.codec import Codec
-    from pipelines.shard import ShardSet
+    from musicgen.conditioning import TextEncoder
+    from musicgen.lm import MusicLM
     from training.module import MusicLMModule
+    from training.sources import Sources
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "train"
 # Settings that may change between two starts of one run: none of them changes what is learned.
-_FREE = ("run", "data", "stop_at", "hardware", "log", "licence", "batch.workers")
+_FREE = ("run", "data", "cache", "stop_at", "hardware", "log", "licence", "batch.workers", "batch.accumulate")
+EXIT_REQUEUE = 75  # asked to leave: the state is saved, run the same command again (EX_TEMPFAIL of sysexits.h)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class TrainConfig:
 
     Args:
         size: demo, 300m, 1.5b or 3.3b; chooses configs/train/<size>.yaml and the model's shape.
-        data: the data set, a folder or URI written by ingest.
+        data: the data set, a folder or URI written by ingest, or a mixture of several: `a:0.7,b:0.3`.
+        cache: folder for sets fetched from an object store; the user's cache folder when empty.
         run: the run's folder; the same folder resumes.
         steps: length of the training, and of the learning rate's schedule.
         stop_at: stop at this step and keep the schedule of `steps`; 0 goes to the end.
@@ -60,6 +68,7 @@ class TrainConfig:
 
     size: str = "demo"
     data: str = ""
+    cache: str = ""
     run: str = ""
     steps: int = 1_000_000
     stop_at: int = 0
@@ -74,8 +83,11 @@ class TrainConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
-def read_config(argv: Sequence[str]) -> TrainConfig:
+def read_config(argv: Sequence[str], *, folders: bool = True) -> TrainConfig:
     """Settings of a run: the shape of its size, configs/train/<size>.yaml, then the command line.
+
+    Args:
+        folders: whether DATA and RUN must be given; a plan needs neither.
 
     Raises:
         UserError: unknown SIZE, no DATA, no RUN.
@@ -87,9 +99,9 @@ def read_config(argv: Sequence[str]) -> TrainConfig:
     shape = [f"--{key}={value}" for key, value in _flat({"lm": settings.to_dict(size(name))}).items()]
     layers = [path for path in [CONFIGS / f"{name}.yaml"] if path.is_file()]
     config = settings.parse(TrainConfig, [*shape, *argv], layers=layers, prog="python -m training.train")
-    if not config.data:
+    if folders and not config.data:
         raise UserError("DATA is missing; give a data set made by `make ingest`, such as DATA=data/demo")
-    if not config.run:
+    if folders and not config.run:
         raise UserError("RUN is missing; give a folder for the run, such as RUN=runs/first; the same folder resumes")
     if config.steps < 1 or config.stop_at < 0:
         raise UserError(f"steps is {config.steps} and stop_at {config.stop_at}; give steps >= 1 and stop_at >= 0")
@@ -149,7 +161,7 @@ def check_same_run(folder: Path, stored: dict[str, Any], wanted: dict[str, Any])
         )
 
 
-def load_codec(shards: ShardSet, name: str) -> Codec:
+def load_codec(shards: Sources, name: str) -> Codec:
     """The codec that made the data set's tokens.
 
     Raises:
@@ -175,7 +187,7 @@ def load_codec(shards: ShardSet, name: str) -> Codec:
     return codec
 
 
-def describe_data(shards: ShardSet) -> str:
+def describe_data(shards: Sources) -> str:
     """One line about a data set: tracks, hours, codec, version."""
     from training.data import tracks_of
 
@@ -189,7 +201,7 @@ def describe_data(shards: ShardSet) -> str:
 
 
 def release_info(
-    module: MusicLMModule, config: TrainConfig, shards: ShardSet, valid_loss: float | None
+    module: MusicLMModule, config: TrainConfig, shards: Sources, valid_loss: float | None
 ) -> dict[str, Any]:
     """What a release says about itself (see musicgen.weights)."""
     codec = shards.info["codec"]
@@ -209,35 +221,51 @@ def release_info(
 
 
 def write_release(
-    module: MusicLMModule, valid_loss: float | None, *, folder: Path, config: TrainConfig, shards: ShardSet
+    model: MusicLM,
+    module: MusicLMModule,
+    valid_loss: float | None,
+    *,
+    folder: Path,
+    config: TrainConfig,
+    shards: Sources,
 ) -> None:
-    """The release folder from the weights that are in the module now (the callback puts the averaged ones there)."""
+    """The release folder from a model that holds the averaged weights."""
     import torch
 
     from musicgen.weights import save_release
 
     info = release_info(module, config, shards, valid_loss)
-    save_release(folder, module.lm, info, getattr(torch, config.release_dtype))
+    save_release(folder, model, info, getattr(torch, config.release_dtype))
 
 
 def make_clip(
-    module: MusicLMModule, path: Path, prompt: str | None, seed: int, seconds: float, *, codec: Codec | None, info: Any
+    lm: MusicLM,
+    module: MusicLMModule,
+    path: Path,
+    prompt: str | None,
+    seed: int,
+    seconds: float,
+    *,
+    codec: Codec | None,
+    info: Any,
 ) -> dict[str, Any]:
-    """Generate one clip into `path` with the weights that are in the module now; returns what made it."""
+    """Generate one clip into `path` with the averaged model; returns what made it."""
     from musicgen import generate, wav
     from musicgen.sampling import SamplingConfig
 
     if codec is None:
         raise ValueError("clips need the codec")
-    model = generate.MusicGen(module.lm, codec, module.encoder, info(module))
-    sampling = SamplingConfig(top_k=min(SamplingConfig().top_k, module.lm.config.codebook_size))
+    module.encoder.to(next(lm.parameters()).device)  # a model put together from shards may stand elsewhere
+    model = generate.MusicGen(lm, codec, module.encoder, info(module))
+    sampling = SamplingConfig(top_k=min(SamplingConfig().top_k, lm.config.codebook_size))
     audio, _ = generate.generate(model, [prompt], seconds, [seed], sampling)
     mark = generate.marking(model, prompt, seed, seconds, sampling)
     wav.write(str(path), audio[0], codec.sample_rate, mark)
+    module.encoder.to(module.device)
     return {"seed": seed, "duration_seconds": seconds}
 
 
-def clip_prompts(shards: ShardSet, config: LogConfig, validation_texts: Iterable[str | None]) -> list[str | None]:
+def clip_prompts(shards: Sources, config: LogConfig, validation_texts: Iterable[str | None]) -> list[str | None]:
     """Prompts of the clips: the given ones, or different descriptions of the validation crops."""
     if config.prompts:
         return list(config.prompts[: config.clips])
@@ -290,9 +318,100 @@ def _quiet_libraries() -> None:
     import logging
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for pattern in (".*does not have many workers.*", ".*IterableDataset.*__len__.*", ".*lr_scheduler.step.*"):
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+    for pattern in (
+        ".*torch.distributed is disabled.*",
+        ".*does not have many workers.*",
+        ".*IterableDataset.*__len__.*",
+        ".*lr_scheduler.step.*",
+    ):
         warnings.filterwarnings("ignore", pattern)
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def task_of(config: TrainConfig, frame_rate: float = 50.0) -> budget.Task:
+    """What the plan needs to know of a run's settings."""
+    return budget.Task(
+        config.lm,
+        config.batch.size,
+        round(config.batch.crop_seconds * frame_rate),
+        config.steps,
+        bf16=config.hardware.precision == "bf16",
+        moments=MOMENTS[config.optim.name],
+        crop_seconds=config.batch.crop_seconds,
+    )
+
+
+def layout_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that narrow the plan's choice, as `budget.choose` takes them."""
+    hardware = config.hardware
+    return {
+        "strategy": hardware.strategy,
+        "checkpointing": hardware.checkpointing,
+        "accumulate": config.batch.accumulate,
+        "shard_group": hardware.shard_group,
+    }
+
+
+def lay_out(config: TrainConfig, shards: Sources, before: Progress | None) -> budget.Plan:
+    """The plan of this run on this machine, printed by rank 0.
+
+    Args:
+        before: of the state resumed from; on as many ranks the run keeps its parts per step, so that it goes on to the
+            bit whatever memory the machine has now.
+
+    Raises:
+        UserError: it cannot fit.
+    """
+    hardware = config.hardware
+    wanted = layout_settings(config)
+    if before is not None and before.ranks == hardware.world and not config.batch.accumulate:
+        wanted["accumulate"] = before.accumulate
+    device = budget.device_here(hardware.devices, hardware.uses_gpu)
+    task = task_of(config, shards.info["codec"]["frame_rate"])
+    plan = budget.choose(task, device, hardware.world, nodes=hardware.nodes, **wanted)
+    if _rank() == 0:
+        rate, said = budget.rate_of(device, bf16=task.bf16, mfu=0.6 if device.is_cpu else 0.4)
+        print("\n".join(budget.lines(plan, name=config.size, rate=rate, rate_said=said)), flush=True)
+    if not plan.fits:
+        raise UserError(
+            f"SIZE={config.size} does not fit {hardware.world} x {device.name} with {device.memory / 2**30:.1f} GiB; "
+            f"see the plan above. What fits: {budget.what_fits(plan)}"
+        )
+    return plan
+
+
+def _rank() -> int:
+    """This process among all; known from the launcher's environment before the processes are connected."""
+    from pytorch_lightning.utilities import rank_zero_only
+
+    return int(getattr(rank_zero_only, "rank", 0) or 0)
+
+
+def _data_lines(config: TrainConfig, shards: Sources, start: int, unigram: list[float]) -> list[str]:
+    """What follows the plan: the data, the length of the run, what the losses are read against."""
+    from training import sources
+
+    books, mixture = ", ".join(f"{h:.2f}" for h in unigram), sources.describe(shards)
+    return [
+        f"data      {describe_data(shards)}" + (f"; mixture {mixture}" if mixture else ""),
+        f"steps     {config.steps}" + (f", going on from {start}" if start else ""),
+        f"unigram   {sum(unigram) / len(unigram):.3f} nats on the validation crops, mean of the codebooks [{books}]: "
+        "the loss of a model that only knows how common each code is",
+    ]
+
+
+def _load_encoder(config: TrainConfig) -> TextEncoder:
+    from musicgen.conditioning import TextEncoder
+
+    encoder = TextEncoder.load(config.lm.condition.text_encoder)
+    if encoder.dim != config.lm.condition.text_dim:
+        raise UserError(
+            f"text encoder {encoder.name!r} has width {encoder.dim}, the setting says "
+            f"{config.lm.condition.text_dim}; set --lm.condition.text_dim {encoder.dim}"
+        )
+    return encoder
 
 
 def fit(config: TrainConfig) -> Path:
@@ -300,41 +419,32 @@ def fit(config: TrainConfig) -> Path:
 
     Raises:
         UserError: bad data, a run of other settings, a codec that does not fit, a loss that is not finite.
+        SystemExit: with `EXIT_REQUEUE`, when a signal asked the run to leave and its state is saved.
     """
     import torch
-    from pytorch_lightning.utilities import rank_zero_only
 
-    from musicgen.conditioning import TextEncoder
     from musicgen.lm import MusicLM
-    from pipelines.shard import ShardSet
-    from training import callbacks, data, record, state, strategy
+    from training import callbacks, data, record, sources, strategy
     from training.module import MusicLMModule
 
     _quiet_libraries()
-    rank = int(getattr(rank_zero_only, "rank", 0) or 0)
+    rank, hardware = _rank(), config.hardware
     is_zero = rank == 0
-    strategy.check(config.hardware)
-    shards = ShardSet.open(config.data)
-    data.check(
-        shards,
-        config.batch,
-        world=config.hardware.world,
-        num_codebooks=config.lm.num_codebooks,
-        codebook_size=config.lm.codebook_size,
-    )
-    encoder = TextEncoder.load(config.lm.condition.text_encoder)
-    if encoder.dim != config.lm.condition.text_dim:
-        raise UserError(
-            f"text encoder {encoder.name!r} has width {encoder.dim}, the setting says "
-            f"{config.lm.condition.text_dim}; set --lm.condition.text_dim {encoder.dim}"
-        )
+    strategy.check(hardware)
+    shards = sources.open_data(config.data, config.cache, rank=int(os.environ.get("LOCAL_RANK", "0")))
+    books, codes = config.lm.num_codebooks, config.lm.codebook_size
+    data.check(shards, config.batch, world=hardware.world, num_codebooks=books, codebook_size=codes)
+    folder = Path(config.run)
+    before = _last_progress(folder)
+    plan = lay_out(config, shards, before)
+    encoder = _load_encoder(config)
     identity = {
         "settings": yaml.safe_load(yaml.safe_dump(_plain(settings.to_dict(config)))),
         "dataset_version": shards.info["dataset_version"],
+        "sources": sources.identities(shards),
         "codec": {key: shards.info["codec"][key] for key in ("name", "identity")},
         "text_encoder": {"name": encoder.name, "identity": encoder.identity},
     }
-    folder = Path(config.run)
     run_id, start = _find_run(config, identity)
     stop = min(config.stop_at or config.steps, config.steps)
     codec = load_codec(shards, config.codec) if config.log.clips and is_zero else None
@@ -342,24 +452,13 @@ def fit(config: TrainConfig) -> Path:
         run_id = _make_run(config, identity)
     unigram = data.unigram_loss(shards, config.batch).tolist()
     if is_zero:
-        lines = strategy.plan_lines(
-            config.size,
-            config.lm,
-            config.hardware,
-            data=describe_data(shards),
-            batch=config.batch.size,
-            crop_seconds=config.batch.crop_seconds,
-            steps=config.steps,
-            start=start,
-            unigram=unigram,
-        )
-        print("\n".join(lines), flush=True)
+        print("\n".join(_data_lines(config, shards, start, unigram)), flush=True)
     if start >= stop:
         print(f"{folder} has already made {start} of {stop} steps; nothing to do", flush=True)
         return folder
 
     torch.manual_seed(config.seed)
-    lm = MusicLM(config.lm)
+    lm = strategy.build_model(functools.partial(MusicLM, config.lm), plan, rank)
     rule = data.crop_rule(config.batch, shards.info["codec"]["frame_rate"])
     module = MusicLMModule(
         lm,
@@ -367,30 +466,32 @@ def fit(config: TrainConfig) -> Path:
         config.optim,
         total_steps=config.steps,
         crop_frames=rule.frames,
-        accumulate=config.batch.accumulate,
+        accumulate=plan.accumulate,
         frame_rate=shards.info["codec"]["frame_rate"],
         seed=config.seed,
+        prepare=lambda model, device: strategy.prepare(model, hardware, plan, device),
+        resume=folder / "state" if start else None,
     )
-    if start:
-        module.progress, module.optimizer_tensors = state.load(folder / "state", start, lm, module.ema)
+    if before is not None:
+        module.progress = dataclasses.replace(before, accumulate=plan.accumulate)
 
     logger = record.wandb_logger(folder, run_id, identity) if run_id and is_zero else None
     journal = record.Record(folder, start, logger) if is_zero else None
-    validation_batches = data.validation_batches(shards, config.batch, rank=rank, world=config.hardware.world)
-    if not validation_batches and is_zero:
+    batches = data.validation_batches(shards, config.batch, rank=rank, world=hardware.world)
+    if not batches and is_zero:
         print("warning   DATA has no validation tracks: no validation, the release holds the last weights", flush=True)
     watch = callbacks.Stopwatch()
     recorder = callbacks.Recorder(journal, config.log.every, config.steps, watch)
     validation = callbacks.Validation(
         journal,
-        validation_batches,
+        batches,
         config.log.valid_every,
         config.steps,
         sum(unigram) / len(unigram),
         functools.partial(write_release, folder=folder / "release", config=config, shards=shards),
         watch,
     )
-    prompts = clip_prompts(shards, config.log, [t for b in validation_batches for t in b.texts]) if is_zero else []
+    prompts = clip_prompts(shards, config.log, [t for b in batches for t in b.texts]) if is_zero else []
     describe = functools.partial(release_info, config=config, shards=shards, valid_loss=None)
     clips = callbacks.Clips(
         journal,
@@ -400,26 +501,55 @@ def fit(config: TrainConfig) -> Path:
         functools.partial(make_clip, codec=codec, info=describe),
         watch,
     )
-    states = callbacks.States(folder / "state" if is_zero else None, config.log.state_every, stop, watch)
+    background = _in_background(config, plan)
+    states = callbacks.States(folder / "state", config.log, stop, watch, background=background)
     bar = callbacks.Bar(recorder, validation, config.steps, config.steps)
     trainer = strategy.build_trainer(
-        config.hardware,
+        hardware,
+        plan,
         steps=stop - start,
-        accumulate=config.batch.accumulate,
         callbacks=[recorder, validation, clips, states, bar, watch],
         logger=logger,
     )
-    stream = data.Stream(shards, config.batch, seed=config.seed, start=start, rank=rank, world=config.hardware.world)
+    batch = dataclasses.replace(config.batch, accumulate=plan.accumulate)
+    stream = data.Stream(
+        shards, batch, seed=config.seed, start=start, rank=rank, world=hardware.world, tokenize=encoder.tokenize
+    )
     try:
-        trainer.fit(module, train_dataloaders=data.training_loader(stream, pin_memory=config.hardware.uses_gpu))
+        trainer.fit(module, train_dataloaders=data.training_loader(stream, pin_memory=hardware.uses_gpu))
     except BaseException:
         if journal is not None:
             journal.finish(exit_code=1)
         raise
     if journal is not None:
         journal.finish()
-        _summary(folder, module, validation.latest, stop, config.steps)
+        if states.left_at is not None:
+            print(
+                f"left      after step {states.left_at} of {config.steps}, asked by "
+                f"{signal.Signals(states.asked).name if states.asked else 'another rank'}; the state is saved, run "
+                "the same command again to go on",
+                flush=True,
+            )
+            raise SystemExit(EXIT_REQUEUE)
+        _summary(folder, module, validation.latest, stop, config.steps, plan)
     return folder
+
+
+def _last_progress(folder: Path) -> Progress | None:
+    """What the newest state of a run knows; None where there is none."""
+    from training import state
+
+    steps = state.steps_in(folder / "state")
+    return state.read_progress(folder / "state", steps[-1]) if steps else None
+
+
+def _in_background(config: TrainConfig, plan: budget.Plan) -> bool:
+    """Whether states are written beside the training: where the memory holds a copy of weights, average and moments."""
+    if config.log.state_background != "auto":
+        return config.log.state_background == "on"
+    copy = 4.0 * (2 + plan.task.moments) * config.lm.num_parameters() / plan.shards
+    here = plan.device.memory if plan.device.is_cpu else budget.host_memory() / config.hardware.devices
+    return copy + (plan.needed if plan.device.is_cpu else 0) <= budget.USABLE * here
 
 
 def _plain(tree: Any) -> Any:
@@ -429,9 +559,16 @@ def _plain(tree: Any) -> Any:
     return [_plain(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
 
 
-def _summary(folder: Path, module: MusicLMModule, valid: dict[str, float], stop: int, total: int) -> None:
+def _summary(
+    folder: Path, module: MusicLMModule, valid: dict[str, float], stop: int, total: int, plan: budget.Plan
+) -> None:
     seen = module.progress.audio_seconds_seen
     print(f"done      {stop} of {total} steps, {seen / 3600:.2f} h of audio seen; record in {folder}/metrics.jsonl")
+    if not plan.device.is_cpu:
+        from training.callbacks import memory_gib
+
+        used, planned = memory_gib(), plan.needed / 2**30
+        print(f"memory    {used:.2f} GiB at most, planned {planned:.2f} ({used / planned - 1:+.0%})")
     if valid and module.progress.best_loss is not None:
         below = valid["valid/below_unigram"] + valid["valid/loss"] - module.progress.best_loss
         perplexity = math.exp(module.progress.best_loss)

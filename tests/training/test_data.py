@@ -1,5 +1,6 @@
 """From real shards to batches: padding, captions, drop-outs, workers, and data sets that do not fit."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,11 @@ def test_validation_hears_the_raw_description(shards: ShardSet) -> None:
     again = data.validation_batches(shards, CONFIG)
     assert all(torch.equal(a.codes, b.codes) for a, b in zip(batches, again))
     shared = [b for r in range(2) for b in data.validation_batches(shards, CONFIG, rank=r, world=2)]
-    assert sum(len(b.keys) for b in shared) == sum(len(b.keys) for b in batches)
+    assert sum(int((b.valid_frames > 0).sum()) for b in shared) == sum(len(b.keys) for b in batches)
+    by_rank = [
+        data.validation_batches(shards, dataclasses.replace(CONFIG, valid_batch=1), rank=r, world=3) for r in range(3)
+    ]
+    assert len({len(batches) for batches in by_rank}) == 1  # sharded ranks compute in step
 
 
 def test_raw_text_and_training_text_without_captions() -> None:

@@ -1,7 +1,10 @@
 """Learning rate, averaged weights and saved states."""
 
+import resource
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,34 +72,96 @@ def fresh() -> tuple[torch.nn.Module, torch.optim.Optimizer, EMA]:
     return model, optim.build_optimizer(model.parameters(), OptimConfig(lr=1e-2)), EMA(model, 0.9)
 
 
-def test_state_continues_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("background", [True, False])
+def test_state_continues_to_the_bit(tmp_path: Path, background: bool) -> None:
     one, opt_one, ema_one = fresh()
     trained(9, one, opt_one, ema_one)
     two, opt_two, ema_two = fresh()
     trained(4, two, opt_two, ema_two)
-    state.save(tmp_path, two, ema_two, opt_two, state.Progress(step=4, best_loss=1.5, best_step=2))
+    saver = state.Saver(tmp_path, background=background)
+    saver.save(two, ema_two, opt_two, state.Progress(step=4, best_loss=1.5, best_step=2))
+    trained(5, two, opt_two, ema_two, start=4)  # what follows does not change what is being written
+    saver.wait()
     three, opt_three, ema_three = fresh()
-    progress, tensors = state.load(tmp_path, 4, three, ema_three)
+    progress = state.read_progress(tmp_path, 4)
     assert progress.step == 4 and progress.best_loss == 1.5
-    state.restore_optimizer(opt_three, three, tensors)
+    state.load(tmp_path, 4, three, ema_three, opt_three)
     trained(5, three, opt_three, ema_three, start=4)
     for a, b in zip(one.parameters(), three.parameters()):
         assert torch.equal(a, b)
     for name, average in ema_one.shadow.items():
         assert torch.equal(average, ema_three.shadow[name])
+    assert ema_one.count == ema_three.count
+
+
+@pytest.mark.parametrize("name", ["dadapt", "prodigy"])
+def test_adaptive_optimisers_find_a_rate_and_continue_to_the_bit(tmp_path: Path, name: Any) -> None:
+    pytest.importorskip({"dadapt": "dadaptation", "prodigy": "prodigyopt"}[name])
+
+    def made() -> tuple[torch.nn.Module, torch.optim.Optimizer, EMA]:
+        model, _, ema = fresh()
+        return model, optim.build_optimizer(model.parameters(), OptimConfig(name=name, lr=1.0)), ema
+
+    one, opt_one, ema_one = made()
+    trained(30, one, opt_one, ema_one)
+    assert optim.found_rate(opt_one)["train/d"] > 1e-6  # where it starts
+    two, opt_two, ema_two = made()
+    trained(17, two, opt_two, ema_two)
+    saver = state.Saver(tmp_path)
+    saver.save(two, ema_two, opt_two, state.Progress(step=17))
+    saver.wait()
+    three, opt_three, ema_three = made()
+    state.load(tmp_path, 17, three, ema_three, opt_three)
+    trained(13, three, opt_three, ema_three, start=17)
+    for a, b in zip(one.parameters(), three.parameters()):
+        assert torch.equal(a, b)
+    assert optim.found_rate(opt_one) == optim.found_rate(opt_three)
+
+
+def test_adaptive_optimisers_are_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    with pytest.raises(UserError, match=r"optim.name prodigy needs the package prodigyopt.*adamw"):
+        optim.build_optimizer(torch.nn.Linear(2, 2).parameters(), OptimConfig(name="prodigy"))
 
 
 def test_states_are_kept_and_whole(tmp_path: Path) -> None:
     model, optimizer, ema = fresh()
     trained(1, model, optimizer, ema)
-    for step in (2, 4, 6, 8):
-        state.save(tmp_path, model, ema, optimizer, state.Progress(step=step, best_loss=1.0, best_step=2))
-    assert state.steps_in(tmp_path) == [2, 6, 8]  # the last two and the best
     (tmp_path / ".step-10.tmp").mkdir()  # a kill in the middle of writing
+    saver = state.Saver(tmp_path, keep_every=5)
+    assert not (tmp_path / ".step-10.tmp").exists()
+    for step in (2, 4, 5, 6, 8):
+        saver.save(model, ema, optimizer, state.Progress(step=step, best_loss=1.0, best_step=2))
+    saver.wait()
+    assert state.steps_in(tmp_path) == [2, 5, 6, 8]  # the last two, the best and every fifth
     (tmp_path / "step-12").mkdir()
-    assert state.steps_in(tmp_path) == [2, 6, 8]
-    weights = tmp_path / "step-8" / "model.safetensors"
+    assert state.steps_in(tmp_path) == [2, 5, 6, 8]
+    [weights] = (tmp_path / "step-8").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:50])
     with pytest.raises(UserError, match="Delete this folder to go on from an earlier state"):
         state.load(tmp_path, 8, model, ema)
-    assert state.load(tmp_path, 6, model, ema)[0].step == 6
+    state.load(tmp_path, 6, model, ema)
+    other = torch.nn.Sequential(torch.nn.Linear(5, 4))
+    with pytest.raises(UserError, match="cannot be read"):  # a state of another shape
+        state.load(tmp_path, 6, other, EMA(other, 0.9))
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_full_disk_leaves_the_last_state_whole(tmp_path: Path, background: bool) -> None:
+    model = torch.nn.Linear(200, 200)
+    optimizer, ema = optim.build_optimizer(model.parameters(), OptimConfig()), EMA(model, 0.9)
+    saver = state.Saver(tmp_path, background=background)
+    saver.save(model, ema, optimizer, state.Progress(step=1))
+    saver.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # files end here, as they do on a full disk
+    try:
+        with pytest.raises(UserError, match=r"state of step 2 could not be written.*The last whole state is step 1"):
+            saver.save(model, ema, optimizer, state.Progress(step=2))
+            saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
+    saver.save(model, ema, optimizer, state.Progress(step=3))  # there is room again
+    saver.wait()
+    assert state.steps_in(tmp_path) == [1, 3]

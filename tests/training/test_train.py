@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from musicgen import codec as codecs
@@ -69,12 +70,14 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
-    place = run / "state" / f"step-{step}"
-    return {
-        f"{name}:{key}": value
-        for name in ("model", "ema", "optimizer")
-        for key, value in load_file(place / f"{name}.safetensors").items()
-    }
+    return state.tensors(run / "state" / f"step-{step}")
+
+
+def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], kind: str = "model") -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        if name.startswith(kind):
+            torch.testing.assert_close(b[name], tensor, atol=2e-4, rtol=1e-3)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -106,9 +109,9 @@ def test_it_learns_and_releases_the_best(whole: Path, data: Path) -> None:
     assert info["training"]["step"] == best["step"] and info["training"]["valid_loss"] == best["valid/loss"]
     assert info["training"]["crop_seconds"] == 2.56
     assert info["codec"]["identity"] == ShardSet.open(str(data)).info["codec"]["identity"]
-    averaged = load_file(whole / "state" / f"step-{best['step']}" / "ema.safetensors")
+    averaged = tensors(whole, best["step"])
     for name, tensor in lm.state_dict().items():  # the release is the average, as float16
-        assert torch.equal(tensor, averaged[name].half().float())
+        assert torch.equal(tensor, averaged[f"ema/{name}"].half().float())
     assert lm.config.dim == 32
 
 
@@ -188,10 +191,7 @@ def test_clips_with_prompts_in_files_and_in_wandb(
 def test_parts_of_a_step_make_the_same_step(data: Path, tmp_path: Path) -> None:
     one = go(data, tmp_path / "one", "--steps", "3")
     four = go(data, tmp_path / "four", "--steps", "3", "--batch.accumulate", "4")
-    for name, tensor in load_file(one / "state/step-3/model.safetensors").items():
-        torch.testing.assert_close(
-            load_file(four / "state/step-3/model.safetensors")[name], tensor, atol=2e-4, rtol=1e-3
-        )
+    close(tensors(one, 3), tensors(four, 3))
     assert metrics(one)[0]["train/loss"] == pytest.approx(metrics(four)[0]["train/loss"], rel=1e-5)
     assert metrics(one)[-1]["valid/loss"] == pytest.approx(metrics(four)[-1]["valid/loss"], rel=1e-3)
 
@@ -206,10 +206,7 @@ def test_two_ranks_make_the_same_steps(data: Path, tmp_path: Path) -> None:
         [*command, *options], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=550
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for name, tensor in load_file(one / "state/step-3/model.safetensors").items():
-        torch.testing.assert_close(
-            load_file(two / "state/step-3/model.safetensors")[name], tensor, atol=2e-4, rtol=1e-3
-        )
+    close(tensors(one, 3), tensors(two, 3))
     for a, b in zip(metrics(one), metrics(two)):
         assert a["step"] == b["step"]
         assert a == pytest.approx(b, rel=1e-3)
@@ -239,10 +236,12 @@ def test_text_is_learned(data: Path, whole: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(data: Path, tmp_path: Path) -> None:
     run = go(data, tmp_path / "run", "--stop_at", "2")
-    file = run / "state/step-2/model.safetensors"
+    [file] = (run / "state/step-2").glob("*.safetensors")
+    with safe_open(file, "pt") as stored:
+        about = stored.metadata()
     broken = load_file(file)
-    broken["out_norm.weight"][0] = torch.inf
-    save_file(broken, file)
+    broken["model/out_norm.weight"][0] = torch.inf
+    save_file(broken, file, about)
     with pytest.raises(NonFiniteLoss, match=r"loss is not finite at step 3 \(tracks 0.*no update was made"):
         go(data, run)
     assert state.steps_in(run / "state") == [2]
@@ -268,6 +267,7 @@ def test_bad_words_on_the_command_line(data: Path, tmp_path: Path) -> None:
         (["--data", str(tmp_path / "none"), "--run", run], "does not exist"),
         (["--data", str(data), "--run", run, "--steps", "0"], "steps is 0"),
         (["--data", str(data), "--run", run, "--hardware.accelerator", "gpu"], "this machine shows 0 GPUs"),
+        (["--data", "a:0.7,b:-1", "--run", run], "the share of 'b' is -1; it must be a number above 0"),
         (["--data", str(data), "--run", run], "the model expects 4 of 2048"),
         (["--data", str(data), "--run", run, *SMALL, "--lm.condition.text_dim", "99"], "text_dim 384"),
         (["--data", str(data), "--run", run, *SMALL, "--log.clips", "1", "--codec", "/nowhere"], "could not be loaded"),

@@ -1,0 +1,93 @@
+"""One of several real processes that train together: a list of runs, one after the other, and what became of each.
+
+    python -m tests.training.ranks JOBS.json OUT.json
+
+Started by `together` with the variables that a launcher sets. JOBS holds argument lists of `training.train`; OUT gets
+`ok`, the exit code, or the words of the error. A job with `signal` sends that signal to this rank once it trains.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+
+def together(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, timeout: float = 400) -> list[list[str]]:
+    """Run the jobs on so many ranks; returns what became of each job on each rank.
+
+    Args:
+        jobs: `argv`, and optionally `signal` = [rank, number, metrics file to wait for].
+        folder: for the exchange.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    children = []
+    for rank in range(ranks):
+        env = {
+            **os.environ,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": str(rank),
+            "RANK": str(rank),
+            "OMP_NUM_THREADS": "1",
+            "WANDB_MODE": "disabled",
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "tests.training.ranks",
+            str(folder / "jobs.json"),
+            str(folder / f"{rank}.json"),
+        ]
+        children.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    deadline = time.monotonic() + timeout
+    try:
+        said = [child.communicate(timeout=max(deadline - time.monotonic(), 1))[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    for rank, (child, text) in enumerate(zip(children, said)):
+        assert child.returncode == 0, f"rank {rank}:\n{text[-4000:]}"
+    by_rank = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+    return [list(job) for job in zip(*by_rank)]
+
+
+def _send(number: int, once: Path) -> None:
+    while not (once.is_file() and once.stat().st_size):
+        time.sleep(0.02)
+    os.kill(os.getpid(), number)
+
+
+def main() -> None:
+    """Run the jobs of the file."""
+    from musicgen.errors import UserError
+    from training import train
+
+    rank, results = int(os.environ["RANK"]), []
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        if job.get("signal", [None])[0] == rank:
+            _, number, once = job["signal"]
+            threading.Thread(target=_send, args=(number, Path(once)), daemon=True).start()
+        try:
+            train.main(job["argv"])
+            results.append("ok")
+        except SystemExit as left:
+            results.append(f"exit {left.code}")
+        except UserError as error:
+            results.append(f"{type(error).__name__}: {error}")
+    Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

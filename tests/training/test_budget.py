@@ -1,0 +1,169 @@
+"""The plan: counts against the model itself, known figures, choices, and what is refused."""
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from musicgen import transformer
+from musicgen.config import LMConfig, size
+from musicgen.errors import UserError
+from musicgen.lm import MusicLM
+from training import budget
+from training.budget import DEVICES, Task, choose
+
+FRAMES = 1500
+
+
+def task(name: str = "3.3b", **changes: Any) -> Task:
+    return dataclasses.replace(Task(size(name), 192, FRAMES, 1_000_000), **changes)
+
+
+@pytest.mark.parametrize(("name", "clip", "common"), [("300m", 3.61e12, 4.46e12), ("1.5b", 1.55e13, 1.86e13)])
+def test_flop_of_a_clip(name: str, clip: float, common: float) -> None:
+    assert budget.train_flop(size(name), FRAMES) == pytest.approx(clip, rel=5e-3)
+    assert budget.common_flop(size(name), FRAMES) == pytest.approx(common, rel=5e-3)
+
+
+def test_flop_are_what_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = LMConfig(dim=64, num_layers=2, num_heads=2, codebook_size=128)
+    lm, frames, words = MusicLM(config), 61, 7
+    tokens = torch.zeros(1, 4, budget.positions(config, frames), dtype=torch.long)
+    text, mask = torch.randn(1, words, 768), torch.ones(1, words, dtype=torch.bool)
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        lm(tokens, text, mask)
+    parts = budget.forward_flop(config, frames, words)
+    projection = 2 * words * 768 * 64
+    # torch counts the whole square of self-attention, the rule its causal half
+    assert counted.get_total_flops() == sum(parts.values()) + parts["self-attention"] + projection
+
+
+def kept_bytes(config: LMConfig, frames: int, bf16: bool) -> int:
+    """Bytes that one block keeps of one clip for the backward pass, by torch's own account."""
+    block = transformer.Transformer(config).layers[0]
+    s = budget.positions(config, frames)
+    x, text = torch.randn(1, s, config.dim), torch.randn(1, budget.TEXT_TOKENS, config.dim)
+    mask = torch.ones(1, budget.TEXT_TOKENS, dtype=torch.bool)
+    kept: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.dim() >= 3 and s in tensor.shape and storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x.requires_grad_()
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        out = block(x, text, mask)
+    return sum(kept.values()) if out is not None else 0
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_activations_are_what_autograd_keeps(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a GPU: torch's fused attention in both types.
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        transformer, "attend", lambda q, k, v, mask=None: sdpa(q, k, v, attn_mask=mask, is_causal=mask is None)
+    )
+    config = LMConfig(dim=128, num_layers=1, num_heads=2)
+    expected = budget.layer_activations(config, 800, bf16=bf16, cpu=False, checkpointing="none")
+    assert kept_bytes(config, 800, bf16) == pytest.approx(expected, rel=0.1)
+
+
+def test_memory_of_the_state() -> None:
+    plan = choose(task(), DEVICES["h200"], 1)
+    n = size("3.3b").num_parameters()
+    assert plan.memory["weights"] == 4 * n and plan.memory["optimiser"] == 8 * n and plan.memory["EMA"] == 4 * n
+    assert plan.needed == sum(plan.memory.values())
+    sharded = choose(task(), DEVICES["h100-80"], 8)
+    assert sharded.memory["weights"] == 4 * n / 8 and sharded.memory["gradients"] == 4 * n / 8
+    adaptive = choose(task("300m", moments=4), DEVICES["h200"], 1)
+    assert adaptive.memory["optimiser"] == 16 * size("300m").num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "ranks", "nodes", "strategy"),
+    [
+        ("300m", "h100-80", 1, 1, "single"),
+        ("300m", "rtx4090", 4, 1, "ddp"),
+        ("3.3b", "h200", 8, 1, "ddp"),
+        ("3.3b", "h100-80", 8, 1, "fsdp"),
+        ("3.3b", "h100-80", 64, 8, "hybrid"),
+        ("3.3b", "a100-40", 16, 2, "fsdp"),
+    ],
+)
+def test_strategy(name: str, gpu: str, ranks: int, nodes: int, strategy: str) -> None:
+    plan = choose(task(name), DEVICES[gpu], ranks, nodes=nodes)
+    assert plan.fits and plan.strategy == strategy
+    assert plan.micro * plan.accumulate * plan.ranks == 192
+    assert plan.needed <= budget.USABLE * plan.device.memory
+    bigger = [m for m in range(plan.micro + 1, 192 // ranks + 1) if (192 // ranks) % m == 0]
+    if bigger:  # the next larger micro-batch would not fit
+        memory = budget.memory_by_part(
+            task(name),
+            device=plan.device,
+            shards=plan.shards,
+            ranks=ranks,
+            micro=bigger[0],
+            accumulate=192 // ranks // bigger[0],
+            checkpointing=plan.checkpointing,
+        )
+        assert sum(memory.values()) > budget.USABLE * plan.device.memory
+
+
+def test_recomputing_only_where_nothing_else_helps() -> None:
+    tight = choose(task("1.5b"), dataclasses.replace(DEVICES["h100-80"], memory=44e9), 1)
+    assert tight.fits and tight.checkpointing != "none"
+    memory = [
+        choose(task("1.5b"), DEVICES["h200"], 1, checkpointing=kind, accumulate=192).needed
+        for kind in ("none", "selective", "full")  # type: ignore[arg-type]
+    ]
+    assert memory == sorted(memory, reverse=True) and memory[0] > memory[2] + 1e9
+
+
+def test_time_and_days() -> None:
+    plan = choose(task("300m"), DEVICES["h200"], 1)
+    assert plan.compute_seconds(0.4 * 989e12) == pytest.approx(1.75, rel=0.01)  # 192 clips at 40 % of the peak
+    text = "\n".join(budget.lines(plan, name="300m", rate=0.4 * 989e12, rate_said="an MFU of 40%"))
+    assert "1,000,000 steps take 20.3 days" in text and budget.FLOP_RULE in text
+
+
+def test_make_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert budget.main(["--size", "3.3b", "--gpus", "64", "--gpu", "h100-80"]) == 0
+    out = capsys.readouterr().out
+    for words in ("3,256,956,928 parameters", "64 x h100-80 on 8 nodes", "strategy  hybrid over 8 ranks", "GPU-days"):
+        assert words in out
+    parts = re.search(r"memory +([\d.]+) GiB.*?: (.*)", out)
+    assert parts is not None
+    assert sum(float(n) for n in re.findall(r" ([\d.]+)(?:,|$)", parts[2])) == pytest.approx(float(parts[1]), rel=0.01)
+    with pytest.raises(UserError, match="does not fit 1 x rtx4090"):
+        budget.main(["--size", "3.3b", "--gpus", "1", "--gpu", "rtx4090"])
+    out = capsys.readouterr().out
+    assert "no room" in out and "SIZE=300m" in out and "GPUs of this kind" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--gpus", "0"], "GPUS must be at least 1"),
+        (["--gpu", "h1000"], "unknown GPU 'h1000'; allowed: h200, h100-80"),
+        (
+            ["--gpus", "7", "--size", "300m"],
+            r"batch.size 192 must be a multiple of 7 processes; for instance 189 or 196",
+        ),
+        (["--gpus", "12"], "not a multiple of the 8 of a node"),
+        (["--size", "30b"], "unknown SIZE '30b'; allowed: demo, 300m"),
+        (["--gpus", "8", "--hardware.strategy", "hybrid"], "allowed: 2, 4"),
+    ],
+)
+def test_what_is_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        budget.main(argv)

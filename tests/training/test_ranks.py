@@ -1,0 +1,148 @@
+"""Two real processes over gloo: copies and shards train as one process does, and a run moves between them."""
+
+import shlex
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from musicgen import codec as codecs
+from musicgen import weights
+from tests.training.ranks import together
+from tests.training.synthetic import write_dataset
+from training import record, state, train
+
+SMALL = shlex.split(
+    "--size demo --lm.dim 32 --lm.num_layers 2 --lm.num_heads 2 --lm.codebook_size 64 --batch.crop_seconds 2.56 "
+    "--batch.size 8 --batch.valid_batch 2 --optim.lr 1e-2 --optim.warmup_steps 5 --hardware.precision float32 "
+    "--hardware.accelerator cpu --log.every 1 --log.valid_every 2 --log.state_every 2 --log.clips 0 --steps 4"
+)
+TWO = ["--hardware.devices", "2"]
+TIMING = ("train/audio_seconds_per_second", "train/outside_model_share", "train/memory_gib")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in record.read_metrics(run / "metrics.jsonl")]
+
+
+def tensors(run: Path, step: int = 4) -> dict[str, torch.Tensor]:
+    return state.tensors(run / "state" / f"step-{step}")
+
+
+def alike(run: Path, other: Path) -> None:
+    """The same curves and, within rounding, the same state."""
+    rows, others = metrics(run), metrics(other)
+    assert [row["step"] for row in rows] == [row["step"] for row in others] and len(rows) == 6
+    for a, b in zip(rows, others):
+        assert a == pytest.approx(b, rel=2e-3), (a, b)
+    one, two = tensors(run), tensors(other)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=5e-4, rtol=2e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def moved(run: Path, to: Path) -> Path:
+    """A run as it stood after step 2."""
+    shutil.copytree(run, to)
+    shutil.rmtree(to / "state" / "step-4")
+    return to
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that two ranks do here, done by one pair of processes, beside the same on one rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.manual_seed(0)
+    shape = codecs.CodecConfig(num_filters=4, hidden_size=16, ratios=(4, 4, 5, 8), num_lstm_layers=1, codebook_size=64)
+    model = codecs.build(shape)
+    for layer in model.quantizer.layers:
+        layer.codebook.embed.normal_()
+    codec = codecs.load(codecs.save(model, folder / "codec"))
+    write_dataset(folder / "data", size=64, valid=5, codec={"name": codec.name, "identity": codec.identity})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        train.main([*SMALL, "--data", str(folder / "data"), "--run", str(folder / "one")])
+
+    def job(run: str, *more: str, **rest: Any) -> dict[str, Any]:
+        return {"argv": [*SMALL, *TWO, "--data", str(folder / "data"), "--run", str(folder / run), *more], **rest}
+
+    clips = shlex.split("--log.clips 1 --log.clip_seconds 0.3")
+    shards = ["--hardware.strategy", "fsdp"]
+    first = together(
+        [
+            job("ddp"),
+            job("fsdp", *shards, *clips),
+            job("full", *shards, "--hardware.checkpointing", "full", "--batch.accumulate", "2"),
+            job("selective", "--hardware.checkpointing", "selective"),
+            job(
+                "asked", *shards, "--steps", "5000", signal=[1, signal.SIGUSR1, str(folder / "asked" / "metrics.jsonl")]
+            ),
+        ],
+        folder / "first",
+    )
+    for run in ("ddp", "fsdp"):
+        moved(folder / run, folder / f"from-{run}")
+        moved(folder / run, folder / f"alone-{run}")
+    spoiled = moved(folder / "fsdp", folder / "spoiled")
+    for file in (spoiled / "state" / "step-2").glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            about = stored.metadata()
+        broken = load_file(file)
+        broken["model/out_norm.weight"][-1] = torch.inf
+        save_file(broken, file, about)
+    second = together(
+        [job("from-ddp", *shards), job("from-fsdp"), job("spoiled", *shards)],
+        folder / "second",
+    )
+    assert first[:4] == [["ok", "ok"]] * 4 and second[:2] == [["ok", "ok"]] * 2
+    (folder / "asked" / "became").write_text("\n".join(first[4]))
+    (folder / "spoiled" / "became").write_text("\n".join(second[2]))
+    return folder
+
+
+@pytest.mark.parametrize("run", ["ddp", "fsdp", "full", "selective"])
+def test_two_ranks_make_the_steps_of_one(place: Path, run: str) -> None:
+    alike(place / run, place / "one")
+
+
+def test_sharded_ranks_write_their_parts_and_release_the_whole(place: Path) -> None:
+    for run, step in (("fsdp", 2), ("fsdp", 4)):
+        files = sorted((place / run / "state" / f"step-{step}").glob("shard-*.safetensors"))
+        sizes = [file.stat().st_size for file in files]
+        assert len(files) == 2 and max(sizes) < 1.5 * min(sizes)
+    lm, info = weights.load_release(place / "fsdp" / "release")
+    averaged = tensors(place / "fsdp", info["training"]["step"])
+    for name, tensor in lm.state_dict().items():
+        assert torch.equal(tensor, averaged[f"ema/{name}"].half().float())
+    assert [f.suffix for f in sorted((place / "fsdp" / "samples").iterdir())] == [".json", ".wav"]
+
+
+@pytest.mark.parametrize("run", ["from-ddp", "from-fsdp"])
+def test_a_run_goes_on_under_the_other_strategy(place: Path, run: str) -> None:
+    alike(place / run, place / "one")
+
+
+@pytest.mark.parametrize("run", ["alone-ddp", "alone-fsdp"])
+def test_a_run_of_two_ranks_goes_on_alone(place: Path, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    train.main([*SMALL, "--data", str(place / "data"), "--run", str(place / run)])
+    alike(place / run, place / "one")
+
+
+def test_a_signal_to_one_rank_saves_on_all_and_asks_to_be_run_again(place: Path) -> None:
+    became = (place / "asked" / "became").read_text().splitlines()
+    assert became == [f"exit {train.EXIT_REQUEUE}", "ok"]  # rank 0 speaks for all
+    rows = [row["step"] for row in metrics(place / "asked") if "train/loss" in row]
+    assert state.steps_in(place / "asked" / "state")[-1] == rows[-1] < 5000
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks(place: Path) -> None:
+    became = (place / "spoiled" / "became").read_text().splitlines()
+    assert len(became) == 2 and became[0] == became[1]
+    assert became[0].startswith("NonFiniteLoss: the loss is not finite at step 3 (tracks 0")
+    assert state.steps_in(place / "spoiled" / "state") == [2]

@@ -1,0 +1,175 @@
+"""Mixtures, sets fetched from an object store, and shards that are not what they were."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from musicgen.errors import UserError
+from pipelines.shard import ShardSet
+from pipelines.store import Place
+from tests.training.synthetic import write_dataset
+from training import data, plan, sources
+from training.data import BatchConfig
+
+
+def with_hashes(folder: Path) -> Path:
+    """The set with its shards' hashes in dataset.json, as ingest writes them."""
+    info = json.loads((folder / "dataset.json").read_text())
+    info["shards"] = {
+        f"shards/{p.name}": hashlib.sha256(p.read_bytes()).hexdigest() for p in (folder / "shards").glob("*.tar")
+    }
+    (folder / "dataset.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("sets")
+    a = write_dataset(folder / "a", size=64, tracks=40)
+    return with_hashes(a), with_hashes(write_dataset(folder / "b", size=64, tracks=10, seed=5))
+
+
+@pytest.mark.parametrize("sample_by", ["tracks", "seconds"])
+def test_a_mixture_draws_by_its_shares(two: tuple[Path, Path], sample_by: str) -> None:
+    mixed = sources.open_data(f"{two[0]}:3,{two[1]}:7")
+    assert len(mixed) == 50 and mixed.shares.tolist() == [0.3, 0.7]
+    rule = plan.CropRule(100, sample_by=sample_by)  # type: ignore[arg-type]
+    tracks = data.tracks_of(mixed, "train")
+    drawn = [item for step in range(40) for item in plan.batch(step, 1, tracks, rule, size=64)[0]]
+    of_b = np.mean([mixed.source[item.row] == 1 for item in drawn])
+    assert of_b == pytest.approx(0.7, abs=0.03)
+    item = next(item for item in drawn if mixed.source[item.row] == 1)
+    single = ShardSet.open(str(two[1]))
+    assert np.array_equal(mixed.codes(item.row), single.codes(item.row - 40))
+    assert mixed.meta(item.row) == single.meta(item.row - 40)
+
+
+def test_sampling_by_weight_and_by_duration(two: tuple[Path, Path]) -> None:
+    frames = np.array([100, 300, 600])
+    tracks = plan.Tracks(np.arange(3), frames, np.array([1.0, 1.0, 2.0]))
+    for sample_by, mass in (("tracks", [1, 1, 2]), ("seconds", [100, 300, 1200])):
+        rule = plan.CropRule(50, sample_by=sample_by)  # type: ignore[arg-type]
+        drawn = [item.row for step in range(50) for item in plan.batch(step, 1, tracks, rule, size=64)[0]]
+        assert np.bincount(drawn, minlength=3) / len(drawn) == pytest.approx(np.array(mass) / sum(mass), abs=0.03)
+
+
+def test_one_set_keeps_its_version_and_a_mixture_has_its_own(two: tuple[Path, Path]) -> None:
+    alone = sources.open_data(str(two[0]))
+    assert alone.info["dataset_version"] == ShardSet.open(str(two[0])).info["dataset_version"]
+    versions = {sources.open_data(f"{two[0]}:{x},{two[1]}:1").info["dataset_version"] for x in (1, 2)}
+    assert len(versions | {alone.info["dataset_version"]}) == 3
+    assert sources.parse("s3://bucket/a,b:3") == [("s3://bucket/a", 0.25), ("b", 0.75)]
+    assert sources.parse("s3://bucket/a") == [("s3://bucket/a", 1.0)]
+    for bad in ("a:0,b:1", "a:1,:2", "a:nan,b:1"):
+        with pytest.raises(UserError, match="DATA="):
+            sources.parse(bad)
+
+
+def test_codecs_do_not_mix(two: tuple[Path, Path], tmp_path: Path) -> None:
+    other = write_dataset(tmp_path / "c", size=64, codec={"name": "other", "identity": "f" * 64})
+    with pytest.raises(UserError, match=r"DATA mixes codecs.*'tiny' \(identity 0000.*'other' \(identity ffff"):
+        sources.open_data(f"{two[0]},{other}")
+
+
+def first_batch(folder: Path, workers: int) -> data.Batch:
+    config = BatchConfig(crop_seconds=2.0, size=32, workers=workers)
+    return next(iter(data.training_loader(data.Stream(sources.open_data(str(folder)), config, seed=1))))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_altered_shard_is_not_trained_on(two: tuple[Path, Path], tmp_path: Path, workers: int) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(two[0], folder)
+    assert len(first_batch(folder, workers).keys) == 32
+    shard = folder / "shards" / "train-00000.tar"
+    whole = shard.read_bytes()
+    index = ShardSet.open(str(folder)).index.to_pylist()
+    altered = bytearray(whole)
+    for row in index:
+        if row["split"] == "train":
+            altered[row["codes_offset"] + 200] ^= 1
+    shard.write_bytes(altered)
+    with pytest.raises(UserError, match=r"^DATA: .*train-00000.tar was altered since it was made.*Nothing was trained"):
+        first_batch(folder, workers)
+    shard.write_bytes(whole[: len(whole) // 3])
+    with pytest.raises(UserError, match="was altered since it was made"):
+        first_batch(folder, workers)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"train-00000.tar is gone \(deleted or withdrawn\)"):
+        first_batch(folder, workers)
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[str]:
+    """A real S3 protocol server; yields a URI with a set in it."""
+    boto3 = pytest.importorskip("boto3")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="music")
+        yield f"s3://music/SET?scheme=http&endpoint_override={host}:{port}"
+    server.stop()
+
+
+def upload(folder: Path, uri: str) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            (Place.at(uri) / str(file.relative_to(folder))).write(file.read_bytes())
+
+
+def test_a_remote_set_is_fetched_once_and_checked(two: tuple[Path, Path], store: str, tmp_path: Path) -> None:
+    uri = store.replace("SET", "good")
+    upload(two[0], uri)
+    folder = sources.fetch(Place.at(uri), tmp_path)
+    for name in ("shards/train-00000.tar", "shards/valid-00000.tar", "dataset.json", "index.parquet"):
+        assert (folder / name).read_bytes() == (two[0] / name).read_bytes()
+    times = {p: p.stat().st_mtime_ns for p in folder.rglob("*.tar")}
+    read = sources.open_data(f"{uri}:1,{two[1]}:1", str(tmp_path))
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.tar")} == times and len(read) == 50
+    row = int(read.rows("train")[0])
+    assert np.array_equal(read.codes(row), ShardSet.open(str(two[0])).codes(row))
+    altered = bytearray((two[1] / "shards/train-00000.tar").read_bytes())
+    altered[600] ^= 1
+    bad = store.replace("SET", "bad")
+    upload(two[1], bad)
+    (Place.at(bad) / "shards/train-00000.tar").write(bytes(altered))
+    with pytest.raises(UserError, match=r"train-00000.tar is not the shard that dataset.json describes"):
+        sources.fetch(Place.at(bad), tmp_path)
+    version = ShardSet.open(str(two[1])).info["dataset_version"][:32]
+    left = [p.name for p in (tmp_path / version / "shards").iterdir() if not p.name.startswith(".lock")]
+    assert left in ([], ["valid-00000.tar"])  # whole or absent
+    (Place.at(bad) / "shards/train-00000.tar").delete()
+    with pytest.raises(UserError, match="is gone"):
+        sources.fetch(Place.at(bad), tmp_path)
+
+
+def _fetch(uri: str, cache: str, rank: int, out: str) -> None:
+    Path(out).write_text(str(sources.fetch(Place.at(uri), Path(cache), rank=rank)))
+
+
+def test_processes_of_a_machine_share_the_copy(two: tuple[Path, Path], store: str, tmp_path: Path) -> None:
+    uri = store.replace("SET", "shared")
+    upload(two[0], uri)
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=_fetch, args=(uri, str(tmp_path / "cache"), r, str(tmp_path / f"{r}"))) for r in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    places = {(tmp_path / f"{r}").read_text() for r in range(2)}
+    assert len(places) == 1
+    assert len(sources.open_data(places.pop())) == 40
+    assert os.listdir(tmp_path / "cache")

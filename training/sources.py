@@ -1,0 +1,271 @@
+"""What a run reads: one data set or a mixture of several, on the local disk, each track checked when first read.
+
+DATA names a set, or several with their shares: `DATA="s3://licensed/shards:0.7,data/own:0.3"`. A set on an object store
+is fetched once per machine, before training: every shard is checked against the hash in dataset.json and appears under
+its name only when it is whole. The processes of a machine share the copy and its fetching by file locks.
+
+`Sources` reads as a single `ShardSet` does, rows of all sets counted through. A track's first reading compares its
+bytes with the index, so that an altered, cut or withdrawn shard stops a run in words instead of training on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from musicgen.errors import UserError
+from pipelines.shard import ShardSet
+from pipelines.store import Place, atomic_local, clear_disk_errors
+
+CACHE = "~/.cache/musicgen-pipeline/shards"
+CHUNK_BYTES = 2**23
+TRIES = 5
+
+
+def parse(spec: str) -> list[tuple[str, float]]:
+    """`uri`, or `uri:share,uri:share,…`, as places and shares that add up to 1.
+
+    Raises:
+        UserError: a share that is not a positive number.
+    """
+    if "," not in spec and not _share_of(spec)[1]:
+        return [(spec, 1.0)]
+    found = []
+    for part in spec.split(","):
+        place, share = _share_of(part.strip())
+        if not place:
+            raise UserError(f"DATA={spec!r} has an empty part; give places and shares, such as DATA='a:0.7,b:0.3'")
+        if share is not None and not 0 < share < float("inf"):
+            raise UserError(f"DATA={spec!r}: the share of {place!r} is {share:g}; it must be a number above 0")
+        found.append((place, 1.0 if share is None else share))
+    total = sum(share for _, share in found)
+    return [(place, share / total) for place, share in found]
+
+
+def _share_of(part: str) -> tuple[str, float | None]:
+    place, _, number = part.rpartition(":")
+    try:
+        return (place, float(number)) if place else (part, None)
+    except ValueError:
+        return part, None
+
+
+class Sources:
+    """Data sets read as one.
+
+    Args:
+        sets: the opened sets.
+        shares: how much of the sampling mass each has; they add up to 1.
+
+    Attributes:
+        info: dataset.json of the first set, with the version of the whole.
+        index: the rows of all sets, one after the other.
+        source: int64 `[N]`, which set a row belongs to.
+
+    Raises:
+        UserError: the sets were made with different codecs.
+    """
+
+    def __init__(self, sets: Sequence[ShardSet], shares: Sequence[float] = (1.0,)) -> None:
+        self.sets, self.shares = list(sets), np.asarray(shares, dtype=np.float64)
+        codecs = [s.info["codec"] for s in sets]
+        for other, made in zip(codecs[1:], sets[1:]):
+            if other["identity"] != codecs[0]["identity"]:
+                raise UserError(
+                    f"DATA mixes codecs: {str(sets[0].root)!r} holds tokens of {codecs[0]['name']!r} (identity "
+                    f"{codecs[0]['identity'][:12]}…), {str(made.root)!r} of {other['name']!r} (identity "
+                    f"{other['identity'][:12]}…); the same number means other sounds. Ingest them with one codec"
+                )
+        self.info = {**sets[0].info, "dataset_version": version(self.sets, shares)}
+        self.index: pa.Table = pa.concat_tables([s.index for s in sets])
+        self._first = np.cumsum([0, *(len(s) for s in sets)])
+        self.source = np.repeat(np.arange(len(sets)), [len(s) for s in sets])
+        self._checked = np.zeros(len(self), dtype=bool)
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    @property
+    def root(self) -> str:
+        """The places, for messages."""
+        return ", ".join(str(s.root) for s in self.sets)
+
+    def rows(self, split: str) -> np.ndarray:
+        """Row numbers (int64) of a split over all sets; withdrawn tracks are left out."""
+        return np.concatenate([first + s.rows(split) for first, s in zip(self._first, self.sets)])
+
+    def _at(self, row: int) -> tuple[ShardSet, int]:
+        number = int(self.source[row])
+        return self.sets[number], row - int(self._first[number])
+
+    def codes(self, row: int) -> np.ndarray:
+        """Codes of a track, int16 `[K, T]`. Raises `UserError` when its bytes are not those of the index."""
+        self._check(row)
+        part, own = self._at(row)
+        return part.codes(own)
+
+    def chroma(self, row: int) -> np.ndarray:
+        """Dominant chroma bin per chroma frame, uint8 `[T_c]`."""
+        self._check(row)
+        part, own = self._at(row)
+        return part.chroma(own)
+
+    def meta(self, row: int) -> dict[str, Any]:
+        """The track's metadata."""
+        self._check(row)
+        part, own = self._at(row)
+        return part.meta(own)
+
+    def _check(self, row: int) -> None:
+        if self._checked[row]:
+            return
+        part, own = self._at(row)
+        shard = part.index.column("shard")[own].as_py()
+        todo = (
+            f"Restore the data set from where it was made, or run the same `make ingest CATALOG=… OUT={part.root}` "
+            "again, which rewrites what is not whole"
+        )
+        try:
+            part.record(own)
+        except FileNotFoundError as error:
+            raise UserError(f"DATA: {part.root}/{shard} is gone (deleted or withdrawn). {todo}") from error
+        except ValueError as error:
+            raise UserError(
+                f"DATA: {part.root}/{shard} was altered since it was made: {error}. Nothing was trained on it. {todo}"
+            ) from error
+        self._checked[row] = True
+
+
+def version(sets: Sequence[ShardSet], shares: Sequence[float]) -> str:
+    """Version of what is read: the set's own, or a hash over versions and shares of a mixture."""
+    if len(sets) == 1:
+        return sets[0].info["dataset_version"]
+    text = "\n".join(f"{s.info['dataset_version']} {share:.9f}" for s, share in zip(sets, shares))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def open_data(spec: str, cache: str = "", *, rank: int = 0) -> Sources:
+    """The data that DATA names, fetched to this machine where it is not here.
+
+    Args:
+        spec: see `parse`.
+        cache: folder of fetched sets; the user's cache folder when empty.
+        rank: process on this machine, so that the processes begin at different shards.
+
+    Raises:
+        UserError: no finished data set, an altered shard, a store that does not answer, a full disk.
+    """
+    parts = parse(spec)
+    sets = [ShardSet.open(_here(place, cache or CACHE, rank)) for place, _ in parts]
+    return Sources(sets, [share for _, share in parts])
+
+
+def _here(place: str, cache: str, rank: int) -> str:
+    root = Place.at(place)
+    return place if root.local else str(fetch(root, Path(cache).expanduser(), rank=rank))
+
+
+def fetch(root: Place, cache: Path, *, rank: int = 0) -> Path:
+    """A local copy of the set at `root` below `cache`, under its version; what is already there stays.
+
+    Raises:
+        UserError: no set there, bytes that are not those that dataset.json names, a store that does not answer.
+    """
+    remote = ShardSet.open(root.uri)
+    folder = cache / remote.info["dataset_version"][:32]
+    if (folder / "dataset.json").is_file():
+        return folder
+    hashes: dict[str, str] = remote.info.get("shards", {})
+    used = {s for s, gone in zip(*(remote.index.column(c).to_pylist() for c in ("shard", "withdrawn"))) if not gone}
+    missing = sorted(used - hashes.keys())
+    if missing:
+        raise UserError(f"DATA={root}: dataset.json names no hash of {missing[0]}; ingest the catalogue again")
+    with clear_disk_errors(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+    names = sorted(used)
+    names = names[rank * 7 % max(len(names), 1) :] + names[: rank * 7 % max(len(names), 1)]
+    for blocking in (False, True):  # first what nobody else is fetching, then wait for the others
+        for name in names:
+            _fetch_one(root / name, folder / name, hashes[name], blocking=blocking)
+    with _locked(folder / ".lock", blocking=True):
+        if not (folder / "dataset.json").is_file():
+            for name in ("index.parquet", "dataset.json"):
+                Place.at(folder / name).write(_tried(lambda name=name: (root / name).read(), root / name))  # type: ignore[misc]
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, blocking: bool) -> Iterator[bool]:
+    """Hold the lock of a file against other processes of this machine; false when it is taken and not waited for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _fetch_one(source: Place, target: Path, sha256: str, *, blocking: bool) -> None:
+    if target.is_file():
+        return
+    with _locked(target.with_name(f".lock-{target.name}"), blocking=blocking) as mine:
+        if not mine or target.is_file():
+            return
+        with clear_disk_errors(str(target)), atomic_local(str(target)) as temporary:
+            found = _tried(lambda: _copy(source, temporary), source)
+            if found != sha256:
+                raise UserError(
+                    f"DATA: {source} is not the shard that dataset.json describes (sha256 {found[:12]}…, expected "
+                    f"{sha256[:12]}…): altered, or ingest is writing there. Ingest again or restore it"
+                )
+
+
+def _copy(source: Place, target: str) -> str:
+    digest = hashlib.sha256()
+    with source.fs.open_input_stream(source.path) as stream, open(target, "wb") as out:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+            out.write(chunk)
+    return digest.hexdigest()
+
+
+def _tried(work: Any, place: Place) -> Any:
+    """The result of `work`, tried again for a while when the store does not answer."""
+    for attempt in range(TRIES):
+        try:
+            return work()
+        except FileNotFoundError as error:
+            raise UserError(f"DATA: {place} is gone (deleted or withdrawn); ingest again or restore it") from error
+        except OSError as error:
+            if attempt == TRIES - 1 or error.errno in (28, 122, 27):  # the local disk is full: waiting does not help
+                if error.errno in (28, 122, 27):
+                    raise
+                raise UserError(f"DATA: {place} could not be read after {TRIES} tries: {error}") from error
+            time.sleep(0.5 * 2**attempt)
+    raise AssertionError
+
+
+def describe(data: Sources) -> str:
+    """The sets with their shares where there are several."""
+    if len(data.sets) == 1:
+        return ""
+    return ", ".join(f"{share:.0%} {os.path.basename(str(s.root))}" for s, share in zip(data.sets, data.shares))
+
+
+def identities(data: Sources) -> list[dict[str, Any]]:
+    """Place, version and share of each set, for the record of a run."""
+    return [
+        {"place": str(s.root), "dataset_version": s.info["dataset_version"], "share": round(float(share), 6)}
+        for s, share in zip(data.sets, data.shares)
+    ]
