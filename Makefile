@@ -21,7 +21,7 @@ export WANDB_SILENT ?= true
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo test test-slow ingest train generate codec codec-eval check check-music bench bench-generate assets music lock clean
+.PHONY: help setup dev demo test test-slow ingest plan train generate codec codec-eval check check-music bench bench-generate bench-loader bench-train assets music lock clean
 
 help: ## this list
 	@echo "usage: make TARGET [NAME=value …] [ARGS='--setting value …']"
@@ -53,8 +53,11 @@ test-slow: dev ## the kill, soak and browser checks that the default suite leave
 ingest: setup ## CATALOG=… OUT=…: licensed catalogue to shards (safe to run again)
 	$(BIN)/python -m pipelines.ingest --catalog "$(or $(CATALOG),musicgen/assets/catalogue/catalog.jsonl)" --out "$(or $(OUT),data/demo)" $(ARGS)
 
-train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=…: train, or resume the same RUN
-	$(BIN)/python -m training.train --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/$(SIZE))" $(ARGS)
+plan: setup ## SIZE=3.3b GPUS=64 GPU=h100-80: memory, strategy, time of a training, before anything is bought
+	$(BIN)/python -m training.budget --size "$(SIZE)" $(if $(GPUS),--gpus "$(GPUS)") $(if $(GPU),--gpu "$(GPU)") $(ARGS)
+
+train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=… [GPUS=8]: train, or resume the same RUN
+	$(BIN)/python -m training.train --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/$(SIZE))" $(if $(GPUS),--hardware.devices "$(GPUS)") $(ARGS)
 
 generate: setup ## PROMPT="…" DURATION=10 [MODEL=… OUT=… SEED=… MELODY=… AUDIO=… STREAM=1]: text to wav
 	$(BIN)/python -m musicgen.generate --model "$(or $(MODEL),demo)" --duration "$(DURATION)" --seed "$(SEED)" --out "$(or $(OUT),out.wav)" $(if $(MELODY),--melody "$(MELODY)") $(if $(AUDIO),--prompt_audio "$(AUDIO)") $(if $(STREAM),--stream true) $(ARGS)
@@ -80,6 +83,12 @@ bench: setup ## speed of ingest by stage and of training, as tables (keep the ma
 
 bench-generate: setup ## [SIZE=300m]: speed of generation beside transformers', and what int8 weights cost
 	$(BIN)/python -m benchmarks.generate --size "$(if $(filter command,$(origin SIZE)),$(SIZE),300m)" $(ARGS)
+
+bench-loader: setup ## clips per second of the training loader on two cores, tokenising included
+	$(BIN)/python -m benchmarks.loader $(ARGS)
+
+bench-train: setup ## a training step beside that of a plain transformers MusicGen, and where a step's time goes
+	$(BIN)/python -m benchmarks.training --size "$(SIZE)" $(ARGS)
 
 music: setup ## HOURS=12 MUSIC=…: render more music of the demo's kind, losslessly (needs fluidsynth and FluidR3_GM)
 	$(BIN)/python -m pipelines.demo.catalogue --hours "$(HOURS)" --out "$(MUSIC)" $(ARGS)

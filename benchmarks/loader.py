@@ -79,14 +79,14 @@ def made_up(folder: Path, tracks: int) -> Path:
         "A warm and slowly moving piece for string quartet and solo piano in a minor key, with long held chords, "
         "a plain melody in the first violin and a quiet close."
     )
-    meta = {
+    more = {
         "captions": [
             {"text": f"{caption} {more}", "language": "en", "sources": ["description"]}
             for more in ("", "bpm: 84.0", "genre: chamber music, moods: calm, warm", "key: A minor, era: 1890s")
         ],
         "rights": {"licence": "CC-BY-4.0", "rightsholders": [{"party": "Example Music", "share": 100.0}] * 3},
     }
-    return write_dataset(folder / "data", tracks=tracks, valid=2, frames=(6000, 12000), meta=meta)
+    return write_dataset(folder / "data", tracks=tracks, valid=2, frames=(6000, 12000), more=more)
 
 
 def main(argv: Sequence[str]) -> int:

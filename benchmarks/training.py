@@ -1,10 +1,12 @@
-"""Speed of training: audio-seconds per second, where a step's time goes, and how much passes outside the model.
+"""Speed of training: a step beside the peer's, where its time goes, and how much passes outside the model.
 
-    python -m benchmarks.training [--size demo] [--data URI] [--steps 30] [--json FILE]
+    python -m benchmarks.training [--size 300m] [--batch 1 --crop_seconds 5] [--data URI] [--json FILE]
 
-Two measurements. The run: `training.train` itself, with everything beside the step (reading, logging, Lightning). The
-parts: one step taken apart, each part timed alone on one batch. Without DATA a set of made-up tokens is used; speed
-does not depend on which tokens they are. Keep the machine otherwise idle.
+Three measurements. The peer: a training step of this model and one of a plain `transformers.MusicgenForCausalLM` of the
+same shape, in turn, on the same batch, each in float32 and in bf16 autocast; both at their best precision are compared.
+The run: `training.train` itself, with everything beside the step (reading, logging, Lightning). The parts: one step
+taken apart. Without DATA a set of made-up tokens is used; speed does not depend on which tokens they are. Sizes other
+than demo take the packaged text encoder here. Keep the machine otherwise idle.
 """
 
 from __future__ import annotations
@@ -32,17 +34,21 @@ class BenchConfig:
     Args:
         size: demo, 300m, 1.5b or 3.3b.
         data: data set; made up when empty.
-        steps: steps of the measured run; the first fifth is left out.
-        precision: bf16, float32, or auto: what training itself would take here.
+        steps: steps of the measured run, the first fifth left out; 0 leaves the run out.
+        rounds: steps of ours and of the peer's, in turn, in each precision, the first left out; 0 leaves them out.
+        precision: of run and parts: bf16, float32, or auto, what training itself would take here.
         batch: items per step; 0 takes the size's own.
+        crop_seconds: length of a crop; 0 takes the size's own.
         json: also write the result to this file.
     """
 
     size: str = "demo"
     data: str = ""
     steps: int = 30
+    rounds: int = 4
     precision: Literal["auto", "bf16", "float32"] = "auto"
     batch: int = 0
+    crop_seconds: float = 0.0
     json: str = ""
 
     @property
@@ -50,16 +56,24 @@ class BenchConfig:
         """The precision that is measured."""
         return HardwareConfig(precision=self.precision).number_format
 
+    def shape(self) -> list[str]:
+        """The settings of training that follow from these."""
+        words = ["--size", self.size, "--hardware.precision", self.precision]
+        words += ["--batch.size", str(self.batch)] if self.batch else []
+        words += ["--batch.crop_seconds", str(self.crop_seconds)] if self.crop_seconds else []
+        if self.size != "demo":
+            words += ["--lm.condition.text_encoder", "minilm", "--lm.condition.text_dim", "384"]
+        return words
+
 
 def measure_run(config: BenchConfig, data: str, folder: Path) -> dict[str, float]:
     """A run of `training.train`; audio-seconds per second and the share outside the model, after the warm-up."""
     from training import record, train
 
     warm = max(config.steps // 5, 1)
-    argv = ["--size", config.size, "--data", data, "--run", str(folder / "run"), "--steps", str(config.steps)]
-    argv += ["--hardware.precision", config.precision, "--log.clips", "0", "--log.every", str(warm)]
-    argv += ["--log.valid_every", str(10**9), "--log.state_every", str(10**9), "--batch.valid_crops", "1"]
-    argv += ["--batch.size", str(config.batch)] if config.batch else []
+    argv = [*config.shape(), "--data", data, "--run", str(folder / "run"), "--steps", str(config.steps)]
+    argv += ["--log.clips", "0", "--log.every", str(warm), "--log.valid_every", str(10**9)]
+    argv += ["--log.state_every", str(10**9), "--batch.valid_crops", "1"]
     train.main(argv)
     lines = [row for row in record.read_metrics(folder / "run" / "metrics.jsonl") if "train/loss" in row]
     lines = [row for row in lines if row["step"] > warm and row["step"] % warm == 0]
@@ -79,8 +93,7 @@ def measure_parts(config: BenchConfig, data: str, repeats: int = 5) -> dict[str,
     from training import loss, optim, train
     from training.data import Batch, Stream
 
-    options = ["--size", config.size, "--data", data, "--run", "unused"]
-    run = train.read_config(options + (["--batch.size", str(config.batch)] if config.batch else []))
+    run = train.read_config(config.shape(), folders=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stream = Stream(ShardSet.open(data), run.batch, seed=0)
     encoder = TextEncoder.load(run.lm.condition.text_encoder).to(device)
@@ -121,6 +134,101 @@ def measure_parts(config: BenchConfig, data: str, repeats: int = 5) -> dict[str,
     return {part: statistics.median(values[1:]) for part, values in seconds.items()}
 
 
+def measure_peer(config: BenchConfig, rounds: int) -> dict[str, dict[str, float]]:
+    """Frames per second of whole training steps, ours and the peer's in turn, by precision; text states are given."""
+    from transformers import MusicgenForCausalLM
+    from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
+
+    from musicgen import patterns
+    from musicgen.lm import MusicLM
+    from training import budget, loss, optim, train
+
+    run = train.read_config(config.shape(), folders=False)
+    shape, device = run.lm, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    frames, batch = round(50 * run.batch.crop_seconds), run.batch.size
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, shape.codebook_size, (batch, shape.num_codebooks, frames), generator=generator)
+    valid = torch.ones(batch, frames, dtype=torch.bool)
+    columns = patterns.training_columns(codes, shape.special_id, valid=valid, pattern=shape.pattern, tail=shape.tail)
+    inputs, targets, scored = (part.to(device) for part in columns)
+    mask = torch.ones(batch, budget.TEXT_TOKENS, dtype=torch.bool, device=device)
+    ours_text = torch.randn(batch, budget.TEXT_TOKENS, shape.condition.text_dim, device=device)
+    peer_text = torch.randn(batch, budget.TEXT_TOKENS, shape.dim, device=device)  # it has no projection of its own
+    labels = torch.where(scored, targets, -100).transpose(1, 2).contiguous()
+    torch.manual_seed(0)
+    ours = MusicLM(shape).to(device)
+    peer_config = MusicgenDecoderConfig(
+        vocab_size=shape.codebook_size,
+        max_position_embeddings=inputs.shape[2],
+        num_hidden_layers=shape.num_layers,
+        ffn_dim=shape.ffn_mult * shape.dim,
+        num_attention_heads=shape.num_heads,
+        hidden_size=shape.dim,
+        num_codebooks=shape.num_codebooks,
+        dropout=0.0,
+        activation_function=shape.activation,
+        pad_token_id=shape.special_id,
+        bos_token_id=shape.special_id,
+    )
+    peer_config._attn_implementation = "sdpa"
+    peer = MusicgenForCausalLM(peer_config).to(device).train()
+
+    def our_loss() -> torch.Tensor:
+        heads: Any = list(ours.linears)
+        sums = loss.cross_entropy_sums(ours.hidden(inputs, ours_text, mask), heads, targets, scored)
+        return loss.mean_over_codebooks(sums, scored.sum((0, 2)))
+
+    def peer_loss() -> torch.Tensor:
+        out = peer(
+            input_ids=inputs.flatten(0, 1),
+            encoder_hidden_states=peer_text,
+            encoder_attention_mask=mask.long(),
+            labels=labels,
+            use_cache=False,
+        )
+        return out.loss
+
+    sides = {
+        "ours": (our_loss, ours, optim.build_optimizer(ours.parameters(), run.optim)),
+        "transformers": (peer_loss, peer, optim.build_optimizer(peer.parameters(), run.optim)),
+    }
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for precision in ("bf16", "float32"):
+        for _ in range(rounds):
+            for name, (make_loss, model, optimizer) in sides.items():
+                began = time.perf_counter()
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    value = make_loss()
+                value.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), run.optim.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds.setdefault(name, {}).setdefault(precision, []).append(time.perf_counter() - began)
+    return {
+        name: {kind: batch * frames / statistics.median(times[1:]) for kind, times in kinds.items()}
+        for name, kinds in seconds.items()
+    }
+
+
+def peer_lines(config: BenchConfig, peer: dict[str, dict[str, float]]) -> list[str]:
+    """The comparison as text, with the FLOP that it amounts to and the rule they are counted by."""
+    from training import budget, train
+
+    run = train.read_config(config.shape(), folders=False)
+    frames = round(50 * run.batch.crop_seconds)
+    best = {name: max(kinds.values()) for name, kinds in peer.items()}
+    per_frame = budget.train_flop(run.lm, frames) / frames
+    lines = [f"a step of {run.batch.size} x {run.batch.crop_seconds:g} s, frames per second by precision"]
+    for name, kinds in peer.items():
+        said = ", ".join(f"{kind} {rate:.1f}" for kind, rate in kinds.items())
+        lines.append(f"  {name:<14}{said}; best is {best[name] * per_frame / 1e9:.1f} GFLOP/s")
+    lines.append(f"  ours / transformers, both at their best: {best['ours'] / best['transformers']:.2f}")
+    lines.append(f"  FLOP: {budget.FLOP_RULE}")
+    return lines
+
+
 def table(config: BenchConfig, run: dict[str, float], parts: dict[str, float]) -> str:
     """Both measurements as text."""
     whole = sum(parts.values())
@@ -140,14 +248,19 @@ def main(argv: Sequence[str]) -> int:
     """Measure and print; see `BenchConfig`."""
     config = settings.parse(BenchConfig, argv, prog="python -m benchmarks.training")
     os.environ.setdefault("WANDB_MODE", "offline")
-    with tempfile.TemporaryDirectory() as name:
-        folder, data = Path(name), config.data
-        if not data:
-            from tests.training.synthetic import write_dataset
+    result: dict[str, Any] = {}
+    if config.rounds:
+        result["frames_per_second"] = measure_peer(config, config.rounds)
+        print("\n".join(peer_lines(config, result["frames_per_second"])), flush=True)
+    if config.steps:
+        with tempfile.TemporaryDirectory() as name:
+            folder, data = Path(name), config.data
+            if not data:
+                from tests.training.synthetic import write_dataset
 
-            data = str(write_dataset(folder / "data", tracks=80, valid=2, frames=(500, 2000)))
-        result = {"run": measure_run(config, data, folder), "parts_seconds": measure_parts(config, data)}
-    print("\n" + table(config, result["run"], result["parts_seconds"]))
+                data = str(write_dataset(folder / "data", tracks=80, valid=2, frames=(500, 2000)))
+            result |= {"run": measure_run(config, data, folder), "parts_seconds": measure_parts(config, data)}
+        print("\n" + table(config, result["run"], result["parts_seconds"]))
     document = {**settings.to_dict(config), "threads": torch.get_num_threads(), **result}
     print(json.dumps(document))
     if config.json:

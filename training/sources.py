@@ -52,9 +52,9 @@ def parse(spec: str) -> list[tuple[str, float]]:
 
 
 def _share_of(part: str) -> tuple[str, float | None]:
-    place, _, number = part.rpartition(":")
+    place, colon, number = part.rpartition(":")
     try:
-        return (place, float(number)) if place else (part, None)
+        return (place, float(number)) if colon else (part, None)
     except ValueError:
         return part, None
 

@@ -38,8 +38,12 @@ def write_dataset(
     codec: dict[str, Any] | None = None,
     seed: int = 0,
     books: int = 4,
+    more: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a data set of `tracks` tracks, the last `valid` of them in the split `valid`; returns its folder."""
+    """Write a data set of `tracks` tracks, the last `valid` of them in the split `valid`; returns its folder.
+
+    `more` is added to the metadata of every track.
+    """
     rng = np.random.default_rng(seed)
     (folder / "shards").mkdir(parents=True)
     records: dict[str, list[shard.Record]] = {"train": [], "valid": []}
@@ -57,6 +61,7 @@ def write_dataset(
                 {"text": f"{text}.", "language": "en", "sources": ["description"]},
                 {"text": f"{text}. bpm: 120.0", "language": "en", "sources": ["description", "bpm"]},
             ],
+            **(more or {}),
         }
         codes = codes_of(style, length, rng, size, books)
         records[split].append(shard.make_record(codes, np.full(-(-length // 6), 255), meta))

@@ -28,13 +28,14 @@ def test_flop_of_a_clip(name: str, clip: float, common: float) -> None:
 
 
 def test_flop_are_what_torch_counts() -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     config = LMConfig(dim=64, num_layers=2, num_heads=2, codebook_size=128)
     lm, frames, words = MusicLM(config), 61, 7
     tokens = torch.zeros(1, 4, budget.positions(config, frames), dtype=torch.long)
     text, mask = torch.randn(1, words, 768), torch.ones(1, words, dtype=torch.bool)
-    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
         lm(tokens, text, mask)
     parts = budget.forward_flop(config, frames, words)
     projection = 2 * words * 768 * 64
@@ -53,7 +54,7 @@ def kept_bytes(config: LMConfig, frames: int, bf16: bool) -> int:
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if tensor.dim() >= 3 and s in tensor.shape and storage.data_ptr() not in weights:
+        if s in tensor.shape and storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -120,7 +121,7 @@ def test_strategy(name: str, gpu: str, ranks: int, nodes: int, strategy: str) ->
 
 
 def test_recomputing_only_where_nothing_else_helps() -> None:
-    tight = choose(task("1.5b"), dataclasses.replace(DEVICES["h100-80"], memory=44e9), 1)
+    tight = choose(task("1.5b"), dataclasses.replace(DEVICES["h100-80"], memory=49e9), 1)
     assert tight.fits and tight.checkpointing != "none"
     memory = [
         choose(task("1.5b"), DEVICES["h200"], 1, checkpointing=kind, accumulate=192).needed
