@@ -207,12 +207,11 @@ class MusicLMModule(pl.LightningModule):
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """The averaged weights in the model, on every rank, sharded as it is."""
-        try:
-            with self.ema.swapped(self.lm):
-                strategy.forget_gathered(self.lm)
+        with self.ema.swapped(self.lm):
+            try:
                 yield
-        finally:
-            strategy.forget_gathered(self.lm)
+            finally:  # a forward pass leaves the root gathered, with values that are about to change
+                strategy.forget_gathered(self.lm)
 
     @contextmanager
     def averaged(self) -> Iterator[MusicLM | None]:
