@@ -21,7 +21,7 @@ export WANDB_SILENT ?= true
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo test test-slow ingest plan train generate codec codec-eval check check-music bench bench-generate bench-loader bench-train assets music lock clean
+.PHONY: help setup dev demo test test-slow ingest plan train generate codec codec-eval check check-music bench bench-generate bench-loader bench-train bench-gpu assets music lock clean
 
 help: ## this list
 	@echo "usage: make TARGET [NAME=value …] [ARGS='--setting value …']"
@@ -87,8 +87,11 @@ bench-generate: setup ## [SIZE=300m]: speed of generation beside transformers', 
 bench-loader: setup ## clips per second of the training loader on two cores, tokenising included
 	$(BIN)/python -m benchmarks.loader $(ARGS)
 
-bench-train: setup ## a training step beside that of a plain transformers MusicGen, and where a step's time goes
-	$(BIN)/python -m benchmarks.training --size "$(SIZE)" $(ARGS)
+bench-train: setup ## [SIZE=300m]: a training step beside that of a plain transformers MusicGen, and where its time goes
+	$(BIN)/python -m benchmarks.training --size "$(if $(filter command,$(origin SIZE)),$(SIZE),300m)" --steps 10 $(ARGS)
+
+bench-gpu: setup ## what only a GPU can show, by section, as one JSON (OUT=gpu.json)
+	$(BIN)/python -m benchmarks.gpu --out "$(or $(OUT),gpu.json)" $(ARGS)
 
 music: setup ## HOURS=12 MUSIC=…: render more music of the demo's kind, losslessly (needs fluidsynth and FluidR3_GM)
 	$(BIN)/python -m pipelines.demo.catalogue --hours "$(HOURS)" --out "$(MUSIC)" $(ARGS)

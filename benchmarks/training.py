@@ -34,11 +34,11 @@ class BenchConfig:
     Args:
         size: demo, 300m, 1.5b or 3.3b.
         data: data set; made up when empty.
-        steps: steps of the measured run, the first fifth left out; 0 leaves the run out.
+        steps: steps of the measured run, the first fifth left out; 0 leaves run and parts out.
         rounds: steps of ours and of the peer's, in turn, in each precision, the first left out; 0 leaves them out.
         precision: of run and parts: bf16, float32, or auto, what training itself would take here.
-        batch: items per step; 0 takes the size's own.
-        crop_seconds: length of a crop; 0 takes the size's own.
+        batch: items per step; 0 takes the size's own, on a CPU 1 of the real sizes.
+        crop_seconds: length of a crop; 0 takes the size's own, on a CPU 5 s of the real sizes.
         json: also write the result to this file.
     """
 
@@ -58,9 +58,11 @@ class BenchConfig:
 
     def shape(self) -> list[str]:
         """The settings of training that follow from these."""
+        small = self.size != "demo" and not torch.cuda.is_available()
+        batch, crop = self.batch or small, self.crop_seconds or 5.0 * small
         words = ["--size", self.size, "--hardware.precision", self.precision]
-        words += ["--batch.size", str(self.batch)] if self.batch else []
-        words += ["--batch.crop_seconds", str(self.crop_seconds)] if self.crop_seconds else []
+        words += ["--batch.size", str(int(batch))] if batch else []
+        words += ["--batch.crop_seconds", str(crop)] if crop else []
         if self.size != "demo":
             words += ["--lm.condition.text_encoder", "minilm", "--lm.condition.text_dim", "384"]
         return words

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import os
+import random
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -144,21 +147,93 @@ def test_stopped_and_resumed_equals_all_at_once(
     assert wandb_rows == local
 
 
+def last_step(run: Path) -> int:
+    return max((row["step"] for row in record.read_metrics(run / "metrics.jsonl")), default=0)
+
+
 @pytest.mark.slow
-def test_killed_and_resumed_equals_all_at_once(whole: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_killed_at_any_step_and_resumed_equals_all_at_once(data: Path, tmp_path: Path, precision: str) -> None:
+    options = ["--hardware.precision", precision, "--log.state_every", "4", "--log.every", "1", "--batch.workers", "2"]
+    one = go(data, tmp_path / "one", *options)
     run = tmp_path / "killed"
-    command = [sys.executable, "-m", "training.train", "--size", "demo", "--data", str(data), "--run", str(run), *SMALL]
-    child = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (run / "state" / "step-20").is_dir() and time.monotonic() < deadline and child.poll() is None:
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    if child.returncode == 0:
-        pytest.skip("the run ended before the kill")
+    command = [sys.executable, "-m", "training.train", "--size", "demo", "--data", str(data), "--run", str(run)]
+    threads = str(torch.get_num_threads())
+    kills = 0
+    for target in random.Random(time.time_ns()).sample(range(1, 38), 3):
+        child = subprocess.Popen(
+            [*command, *SMALL, *options], env={**os.environ, "OMP_NUM_THREADS": threads}, stdout=subprocess.DEVNULL
+        )
+        try:
+            deadline = time.monotonic() + 150
+            while last_step(run) < target and time.monotonic() < deadline and child.poll() is None:
+                time.sleep(0.005)
+        finally:
+            child.kill()
+            kills += child.wait() == -signal.SIGKILL
+    assert kills
+    go(data, run, *options)
+    same(tensors(one, 40), tensors(run, 40))
+    assert metrics(run) == metrics(one)
+
+
+def test_a_signal_saves_and_asks_to_be_run_again(whole: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "asked"
+
+    def ask() -> None:
+        while not last_step(run):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=ask, daemon=True).start()
+    with pytest.raises(SystemExit) as left:
+        go(data, run)
+    assert left.value.code == train.EXIT_REQUEUE and signal.getsignal(signal.SIGTERM) == before
+    [step] = state.steps_in(run / "state")
+    assert 0 < step < 20
     go(data, run)
     same(tensors(whole, 40), tensors(run, 40))
     assert metrics(run) == metrics(whole)
+
+
+def test_a_disk_that_fills_does_not_stop_the_training(
+    whole: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = go(data, tmp_path / "full", "--stop_at", "20")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))  # states are larger; record and release are not
+    try:
+        with pytest.raises(UserError, match=r"state of step 40 could not be written.*last whole state is step 20"):
+            go(data, run, "--log.state_every", "10")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "the state of step 30 could not be written" in capsys.readouterr().out
+    assert state.steps_in(run / "state") == [20]
+    go(data, run)
+    same(tensors(whole, 40), tensors(run, 40))
+
+
+def test_what_cannot_fit_prints_its_plan_and_leaves(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    big = ["--lm.codebook_size", "64", "--hardware.accelerator", "cpu", "--lm.num_layers", "4800"]
+    with pytest.raises(UserError, match=r"SIZE=3.3b does not fit 1 x cpu.*What fits: SIZE="):
+        train.main(["--size", "3.3b", "--data", str(data), "--run", str(tmp_path / "run"), *big])
+    said = capsys.readouterr().out
+    assert "model     3.3b" in said and "memory    " in said and "no room" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mixture_trains_and_is_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    codec = ShardSet.open(str(data)).info["codec"]
+    other = write_dataset(tmp_path / "other", size=64, tracks=8, valid=1, codec=codec, seed=9)
+    run = go(Path(f"{data}:0.7,{other}:0.3"), tmp_path / "mixed", "--steps", "2")
+    assert "mixture 70% set, 30% other" in capsys.readouterr().out
+    stored = yaml.safe_load((run / "config.yaml").read_text())
+    assert [round(s["share"], 3) for s in stored["sources"]] == [0.7, 0.3]
+    with pytest.raises(UserError, match="trained on data version"):
+        go(Path(f"{data}:0.5,{other}:0.5"), run, "--steps", "2")
 
 
 def test_running_again_does_nothing(whole: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,118 @@
+"""What only a GPU can show, in sections, as one JSON: `python -m benchmarks.gpu --out gpu.json [--sections training]`.
+
+A section is a function that measures one thing on the GPU at hand and returns plain numbers; `SECTIONS` names them all.
+Each runs in its own process, so that one that runs out of memory costs only itself and peaks are not mixed up.
+
+`training`: twenty real steps of each size that fits, by `training.train` itself: clips per second, model FLOP per
+second and their share of the peak by the stated rule, the widespread 6N + 12LdT figure beside it, peak memory beside
+the planned one; then a step of 300m beside that of a plain transformers MusicGen.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from musicgen import settings
+from musicgen.errors import UserError
+
+
+@dataclass(frozen=True)
+class GpuConfig:
+    """What to measure.
+
+    Args:
+        sections: names out of `SECTIONS`, with commas between; all when empty.
+        steps: steps of a measured training, the first fifth left out.
+        out: also write the result to this file.
+    """
+
+    sections: str = ""
+    steps: int = 20
+    out: str = ""
+
+
+def training(config: GpuConfig) -> dict[str, Any]:
+    """Speed, share of the peak and memory of training, by size."""
+    from benchmarks import training as bench
+    from training import budget, train
+
+    device = budget.device_here(1, uses_gpu=True)
+    found: dict[str, Any] = {"flop_rule": budget.FLOP_RULE, "peak_flop_per_second": device.peak}
+    for size in ("300m", "1.5b", "3.3b"):
+        run = train.read_config(bench.BenchConfig(size=size).shape(), folders=False)
+        plan = budget.choose(train.task_of(run), device, 1)
+        if not plan.fits:
+            found[size] = {"fits": False, "needed_gib": plan.needed / 2**30}
+            continue
+        batch = plan.micro * min(plan.accumulate, 2)
+        asked = bench.BenchConfig(size=size, steps=config.steps, batch=batch)
+        with tempfile.TemporaryDirectory() as name:
+            from tests.training.synthetic import write_dataset
+
+            data = write_dataset(Path(name) / "data", tracks=80, valid=2, frames=(2000, 6000))
+            speed = bench.measure_run(asked, str(data), Path(name))
+        frames = plan.task.frames
+        clips = speed["audio_seconds_per_second"] / run.batch.crop_seconds
+        rate, common = clips * budget.train_flop(run.lm, frames), clips * budget.common_flop(run.lm, frames)
+        planned = budget.choose(train.task_of(train.read_config(asked.shape(), folders=False)), device, 1)
+        found[size] = {
+            **speed,
+            "batch": batch,
+            "micro_batch": planned.micro,
+            "clips_per_second": clips,
+            "flop_per_second": rate,
+            "mfu": rate / device.peak if device.peak else None,
+            "mfu_by_6n_12ldt": common / device.peak if device.peak else None,
+            "planned_gib": planned.needed / 2**30,
+        }
+    found["frames_per_second_beside_transformers"] = bench.measure_peer(bench.BenchConfig(size="300m", batch=8), 6)
+    return found
+
+
+SECTIONS: dict[str, Callable[[GpuConfig], dict[str, Any]]] = {"training": training}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure the sections and print one JSON; exit code 1 where one of them failed."""
+    config = settings.parse(GpuConfig, argv, prog="python -m benchmarks.gpu")
+    wanted = [name.strip() for name in config.sections.split(",") if name.strip()] or list(SECTIONS)
+    unknown = [name for name in wanted if name not in SECTIONS]
+    if unknown:
+        raise UserError(f"unknown section {unknown[0]!r}; allowed: {', '.join(SECTIONS)}")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            "this measures a GPU and there is none here; on a CPU use make bench, bench-loader, bench-train"
+        )
+    if len(wanted) == 1:
+        found = {wanted[0]: SECTIONS[wanted[0]](config)}
+    else:
+        found = {name: _apart(name, config) for name in wanted}
+    document = {"gpu": torch.cuda.get_device_name(0), "torch": torch.__version__, "sections": found}
+    print(json.dumps(document))
+    if config.out:
+        Path(config.out).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return 1 if any("error" in section for section in found.values()) else 0
+
+
+def _apart(name: str, config: GpuConfig) -> dict[str, Any]:
+    """A section in its own process."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "section.json"
+        command = [sys.executable, "-m", "benchmarks.gpu", "--sections", name, "--out", str(out)]
+        done = subprocess.run([*command, "--steps", str(config.steps)], check=False)
+        if done.returncode or not out.is_file():
+            return {"error": f"ended with exit code {done.returncode}"}
+        return json.loads(out.read_text())["sections"][name]
+
+
+if __name__ == "__main__":
+    settings.run(main)

@@ -1,0 +1,68 @@
+"""The sizes of the paper are really trained: the smallest whole, the others as slices of their true width."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.ranks import together
+from tests.training.synthetic import write_dataset
+from training import record, state, train
+
+TINY = shlex.split(
+    "--lm.condition.text_encoder minilm --lm.condition.text_dim 384 --hardware.accelerator cpu --batch.workers 0 "
+    "--batch.crop_seconds 0.64 --batch.valid_crops 2 --log.every 1 --log.clips 0 --log.valid_every 3 --steps 3"
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "set", tracks=8, valid=1)
+
+
+def losses(run: Path) -> list[float]:
+    return [row["train/loss"] for row in record.read_metrics(run / "metrics.jsonl") if "train/loss" in row]
+
+
+def test_300m_trains_and_resumes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run = tmp_path / "run"
+    argv = [
+        "--size",
+        "300m",
+        "--data",
+        str(data),
+        "--run",
+        str(run),
+        *TINY,
+        "--batch.size",
+        "1",
+        "--log.state_keep",
+        "1",
+    ]
+    train.main([*argv, "--stop_at", "2"])
+    assert state.steps_in(run / "state") == [2]
+    train.main(argv)
+    assert len(losses(run)) == 3 and all(0 < loss < 20 for loss in losses(run))
+    weights = sum(t.numel() for name, t in state.tensors(run / "state" / "step-3").items() if name.startswith("model/"))
+    assert weights == train.read_config(argv).lm.num_parameters() > 4e8
+
+
+@pytest.mark.parametrize("size", ["1.5b", "3.3b"])
+def test_slices_of_true_width_train_and_resume_under_both_strategies(data: Path, tmp_path: Path, size: str) -> None:
+    def argv(strategy: str, *more: str) -> list[str]:
+        given = ["--size", size, "--lm.num_layers", "2", "--data", str(data), "--run", str(tmp_path / strategy), *TINY]
+        return [*given, "--batch.size", "2", "--hardware.devices", "2", "--hardware.strategy", strategy, *more]
+
+    jobs = [{"argv": argv(strategy, *more)} for strategy in ("ddp", "fsdp") for more in (["--stop_at", "2"], [])]
+    assert together(jobs, tmp_path / "work", timeout=1500) == [["ok", "ok"]] * 4
+    copies, shards = (losses(tmp_path / strategy) for strategy in ("ddp", "fsdp"))
+    assert len(copies) == 3 and copies == pytest.approx(shards, rel=5e-3)
+    one, two = (state.tensors(tmp_path / strategy / "state" / "step-3") for strategy in ("ddp", "fsdp"))
+    assert one.keys() == two.keys()
+    assert one["model/transformer.layers.1.linear1.weight"].shape[1] == train.size(size).dim
+    moved = [(one[name] - two[name]).abs().max() for name in one if name.startswith("model/")]
+    assert float(torch.stack(moved).max()) < 1e-3
