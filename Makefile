@@ -56,8 +56,8 @@ ingest: setup ## CATALOG=… OUT=…: licensed catalogue to shards (safe to run 
 plan: setup ## SIZE=3.3b GPUS=64 GPU=h100-80: memory, strategy, time of a training, before anything is bought
 	$(BIN)/python -m training.budget --size "$(SIZE)" $(if $(GPUS),--gpus "$(GPUS)") $(if $(GPU),--gpu "$(GPU)") $(ARGS)
 
-train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=… [GPUS=8]: train, or resume the same RUN
-	$(BIN)/python -m training.train --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/$(SIZE))" $(if $(GPUS),--hardware.devices "$(GPUS)") $(ARGS)
+train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=… [GPUS=8 INIT=release]: train, or resume the same RUN
+	$(BIN)/python -m training.train --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/$(SIZE))" $(if $(GPUS),--hardware.devices "$(GPUS)") $(if $(INIT),--init "$(INIT)") $(ARGS)
 
 generate: setup ## PROMPT="…" DURATION=10 [MODEL=… OUT=… SEED=… MELODY=… AUDIO=… STREAM=1]: text to wav
 	$(BIN)/python -m musicgen.generate --model "$(or $(MODEL),demo)" --duration "$(DURATION)" --seed "$(SEED)" --out "$(or $(OUT),out.wav)" $(if $(MELODY),--melody "$(MELODY)") $(if $(AUDIO),--prompt_audio "$(AUDIO)") $(if $(STREAM),--stream true) $(ARGS)

@@ -41,9 +41,9 @@ class GpuConfig:
 def training(config: GpuConfig) -> dict[str, Any]:
     """Speed, share of the peak and memory of training, by size."""
     from benchmarks import training as bench
-    from training import budget, train
+    from training import budget, devices, train
 
-    device = budget.device_here(1, uses_gpu=True)
+    device = devices.device_here(1, uses_gpu=True)
     found: dict[str, Any] = {"flop_rule": budget.FLOP_RULE, "peak_flop_per_second": device.peak}
     for size in ("300m", "1.5b", "3.3b"):
         run = train.read_config(bench.BenchConfig(size=size).shape(), folders=False)

@@ -11,107 +11,24 @@ Model FLOP are counted by one rule, `FLOP_RULE`, printed beside every share of t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 from musicgen import patterns
 from musicgen.config import SIZES, LMConfig
 from musicgen.errors import UserError
+from training.devices import DEVICES, GIB, Device, device_named, rate_of
 
 FLOP_RULE = "3 x forward; matrix products of layers and heads, causal half of attention, no recompute, no text encoder"
 TEXT_TOKENS = 32  # of a caption, where none is at hand to count
 TRAFFIC_SHOWS = 1 / 3  # of computing: from here on weights are not sent between nodes
 USABLE = 0.92  # of the memory: the rest goes to the CUDA context, workspaces and fragments
-GIB = 2**30
 
 Strategy = Literal["single", "ddp", "fsdp", "hybrid"]
 Checkpointing = Literal["none", "selective", "full"]
 # Parameters of the frozen encoders in float32; others are left out and said so.
 ENCODERS = {"minilm": 22.7e6, "t5-small": 35.3e6, "t5-base": 109.6e6, "t5-large": 334.9e6}
-
-
-@dataclass(frozen=True)
-class Device:
-    """One kind of processor.
-
-    Attributes:
-        memory: bytes of one.
-        peak: dense bf16 FLOP per second; None when it is not known.
-        link: bytes per second and GPU of a collective inside a node (bus bandwidth).
-        network: the same across nodes, all network cards of a node together.
-        per_node: GPUs of a usual node.
-    """
-
-    name: str
-    memory: float
-    peak: float | None
-    link: float = 350e9
-    network: float = 350e9
-    per_node: int = 8
-
-    @property
-    def is_cpu(self) -> bool:
-        """Whether these are processes on a CPU."""
-        return self.name == "cpu"
-
-
-# Peaks are the makers' dense bf16 figures; links are what collectives reach of them, about 0.8 of the nominal rate.
-DEVICES: dict[str, Device] = {
-    d.name: d
-    for d in (
-        Device("h200", 139.8 * GIB, 989e12),
-        Device("h100-80", 79.1 * GIB, 989e12),
-        Device("a100-80", 79.2 * GIB, 312e12, link=230e9, network=160e9),
-        Device("a100-40", 39.4 * GIB, 312e12, link=230e9, network=160e9),
-        Device("l40s", 44.4 * GIB, 362e12, link=22e9, network=20e9),
-        Device("a10g", 22.0 * GIB, 70e12, link=10e9, network=6e9, per_node=4),
-        Device("rtx4090", 23.6 * GIB, 165e12, link=20e9, network=3e9, per_node=4),
-        Device("rtx3090", 23.6 * GIB, 71e12, link=10e9, network=3e9, per_node=4),
-    )
-}
-
-
-def device_named(name: str) -> Device:
-    """The GPU of a name in `DEVICES`. Raises `UserError` naming all."""
-    if name.lower() not in DEVICES:
-        raise UserError(f"unknown GPU {name!r}; allowed: {', '.join(DEVICES)}")
-    return DEVICES[name.lower()]
-
-
-def device_here(processes: int, uses_gpu: bool) -> Device:
-    """What this machine has: its GPU (by name, with the memory it reports), or its memory shared by the processes."""
-    if not uses_gpu:
-        return Device("cpu", host_memory() / processes, None, link=5e9, network=1e9, per_node=processes)
-    import torch
-
-    properties = torch.cuda.get_device_properties(0)
-    title = properties.name.lower()
-    for key, words in (
-        ("h200", ("h200",)),
-        ("h100-80", ("h100",)),
-        ("a100-80", ("a100",)),
-        ("l40s", ("l40s",)),
-        ("a10g", ("a10g",)),
-        ("rtx4090", ("4090",)),
-        ("rtx3090", ("3090",)),
-    ):
-        if all(word in title for word in words):
-            return replace(DEVICES[key], memory=float(properties.total_memory))
-    return Device(properties.name, float(properties.total_memory), None)
-
-
-def host_memory() -> float:
-    """Bytes of memory that this process may use: the machine's, or the container's limit where that is lower."""
-    total = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, float(Path(file).read_text()))
-        except (OSError, ValueError):
-            continue
-    return total
 
 
 def positions(lm: LMConfig, frames: int) -> int:
@@ -474,31 +391,6 @@ def lines(plan: Plan, *, name: str, rate: float | None, rate_said: str) -> list[
             f"{_size(USABLE * device.memory)} can be used. What fits: {what_fits(plan)}"
         )
     return out
-
-
-def cpu_rate(bf16: bool, seconds: float = 0.2) -> float:
-    """FLOP per second of a matrix product of this process here and now, the yardstick for a time on a CPU."""
-    import time
-
-    import torch
-
-    a = torch.randn(768, 768, dtype=torch.bfloat16 if bf16 else torch.float32)
-    a @ a
-    done, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        a @ a
-        done += 1
-    return done * 2 * 768**3 / (time.perf_counter() - began)
-
-
-def rate_of(device: Device, *, bf16: bool, mfu: float) -> tuple[float | None, str]:
-    """Model FLOP per second and rank to reckon with, and the words that say so."""
-    if device.is_cpu:
-        rate = cpu_rate(bf16)
-        return mfu * rate, f"{mfu:.0%} of the {rate / 1e9:.0f} GFLOP/s that a matrix product reaches here"
-    if device.peak is None:
-        return None, ""
-    return mfu * device.peak, f"an MFU of {mfu:.0%} (assumed; of {device.peak / 1e12:.0f} TFLOP/s dense bf16)"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import yaml
 from musicgen import settings
 from musicgen.config import SIZES, LMConfig, size
 from musicgen.errors import UserError
-from training import budget
+from training import budget, devices
 from training.callbacks import LogConfig
 from training.data import BatchConfig
 from training.optim import MOMENTS, OptimConfig
@@ -53,6 +53,7 @@ class TrainConfig:
         data: the data set, a folder or URI written by ingest, or a mixture of several: `a:0.7,b:0.3`.
         cache: folder for sets fetched from an object store; the user's cache folder when empty.
         run: the run's folder; the same folder resumes.
+        init: release folder whose weights the run starts from (fine-tuning); all else starts anew.
         steps: length of the training, and of the learning rate's schedule.
         stop_at: stop at this step and keep the schedule of `steps`; 0 goes to the end.
         seed: of the initial weights and of everything drawn.
@@ -70,6 +71,7 @@ class TrainConfig:
     data: str = ""
     cache: str = ""
     run: str = ""
+    init: str = ""
     steps: int = 1_000_000
     stop_at: int = 0
     seed: int = 2036
@@ -214,6 +216,7 @@ def release_info(
             "data_version": shards.info["dataset_version"],
             "valid_loss": valid_loss,
             "crop_seconds": config.batch.crop_seconds,
+            **({"init": config.init} if config.init else {}),
         },
         "licence": config.licence,
         "made_by": f"musicgen-pipeline {version('musicgen-pipeline')}",
@@ -368,11 +371,11 @@ def lay_out(config: TrainConfig, shards: Sources, before: Progress | None) -> bu
     wanted = layout_settings(config)
     if before is not None and before.ranks == hardware.world and not config.batch.accumulate:
         wanted["accumulate"] = before.accumulate
-    device = budget.device_here(hardware.devices, hardware.uses_gpu)
+    device = devices.device_here(hardware.devices, hardware.uses_gpu)
     task = task_of(config, shards.info["codec"]["frame_rate"])
     plan = budget.choose(task, device, hardware.world, nodes=hardware.nodes, **wanted)
     if _rank() == 0:
-        rate, said = budget.rate_of(device, bf16=task.bf16, mfu=0.6 if device.is_cpu else 0.4)
+        rate, said = devices.rate_of(device, bf16=task.bf16, mfu=0.6 if device.is_cpu else 0.4)
         print("\n".join(budget.lines(plan, name=config.size, rate=rate, rate_said=said)), flush=True)
     if not plan.fits:
         raise UserError(
@@ -412,6 +415,35 @@ def _load_encoder(config: TrainConfig) -> TextEncoder:
             f"{config.lm.condition.text_dim}; set --lm.condition.text_dim {encoder.dim}"
         )
     return encoder
+
+
+def start_from(lm: MusicLM, encoder: TextEncoder, config: TrainConfig, shards: Sources) -> None:
+    """Put the weights of the release INIT into a fresh model.
+
+    Raises:
+        UserError: no release, another shape, or one made for another codec or text encoder.
+    """
+    from musicgen.weights import load_release
+
+    model, info = load_release(config.init)
+    for part, word, here in (
+        ("codec", "codec", shards.info["codec"]),
+        ("text_encoder", "text encoder", {"name": encoder.name, "identity": encoder.identity}),
+    ):
+        if info[part]["identity"] != here["identity"]:
+            raise UserError(
+                f"INIT={config.init!r} was trained with {word} {info[part]['name']!r} (identity "
+                f"{info[part]['identity'][:12]}…), this run has {here['name']!r} (identity {here['identity'][:12]}…), "
+                "whose numbers mean other things; use the one of the release"
+            )
+    had, wanted = (_flat(settings.to_dict(c)) for c in (model.config, config.lm))
+    free = ("dropout", "tail", "condition.text_encoder")  # without weights; the encoder was compared by identity
+    other = [f"lm.{k}: it has {had[k]!r}, given {wanted[k]!r}" for k in had if had[k] != wanted[k] and k not in free]
+    if other:
+        raise UserError(
+            f"INIT={config.init!r} is a model of another shape:\n  " + "\n  ".join(other) + "\nGive its SIZE and shape"
+        )
+    lm.load_state_dict(model.state_dict())
 
 
 def fit(config: TrainConfig) -> Path:
@@ -459,6 +491,8 @@ def fit(config: TrainConfig) -> Path:
 
     torch.manual_seed(config.seed)
     lm = strategy.build_model(functools.partial(MusicLM, config.lm), plan, rank)
+    if config.init and not start and (is_zero or plan.shards == 1):  # where it is sharded, rank 0 sends its weights
+        start_from(lm, encoder, config, shards)
     rule = data.crop_rule(config.batch, shards.info["codec"]["frame_rate"])
     module = MusicLMModule(
         lm,
@@ -548,7 +582,7 @@ def _in_background(config: TrainConfig, plan: budget.Plan) -> bool:
     if config.log.state_background != "auto":
         return config.log.state_background == "on"
     copy = 4.0 * (2 + plan.task.moments) * config.lm.num_parameters() / plan.shards
-    here = plan.device.memory if plan.device.is_cpu else budget.host_memory() / config.hardware.devices
+    here = plan.device.memory if plan.device.is_cpu else devices.host_memory() / config.hardware.devices
     return copy + (plan.needed if plan.device.is_cpu else 0) <= budget.USABLE * here
 
 

@@ -12,7 +12,8 @@ from musicgen.config import LMConfig, size
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
 from training import budget
-from training.budget import DEVICES, Task, choose
+from training.budget import Task, choose
+from training.devices import DEVICES
 
 FRAMES = 1500
 

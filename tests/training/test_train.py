@@ -383,6 +383,22 @@ def test_a_run_of_something_else_is_refused(whole: Path, data: Path, tmp_path: P
         go(data, tmp_path / "taken")
 
 
+def test_a_run_starts_from_a_release(whole: Path, data: Path, tmp_path: Path) -> None:
+    released, _ = weights.load_release(whole / "release")
+    tuned = go(data, tmp_path / "tuned", "--init", str(whole / "release"), "--optim.lr", "1e-9", "--steps", "1")
+    made = tensors(tuned, 1)
+    for name, tensor in released.state_dict().items():
+        torch.testing.assert_close(made[f"model/{name}"], tensor, atol=1e-6, rtol=0)
+    assert metrics(tuned)[0]["train/loss"] < metrics(whole)[0]["train/loss"] - 0.5  # it starts where the other ended
+    _, info = weights.load_release(tuned / "release")
+    assert info["training"]["init"] == str(whole / "release")
+    with pytest.raises(UserError, match=r"(?s)model of another shape:\n  lm.num_layers: it has 2, given 3"):
+        go(data, tmp_path / "other", "--init", str(whole / "release"), "--lm.num_layers", "3")
+    elsewhere = write_dataset(tmp_path / "elsewhere", size=64)
+    with pytest.raises(UserError, match=r"was trained with codec .*small.*this run has 'tiny'"):
+        go(elsewhere, tmp_path / "other", "--init", str(whole / "release"))
+
+
 def test_real_sizes_have_their_settings() -> None:
     for name, dropout in (("300m", 0.3), ("1.5b", 0.3), ("3.3b", 0.2)):
         config = train.read_config(["--size", name, "--data", "x", "--run", "y"])
