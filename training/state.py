@@ -240,10 +240,10 @@ def load(folder: Path, step: int, model: nn.Module, ema: EMA, optimizer: torch.o
 
     place = folder / f"step-{step}"
     document = _document(place)
-    targets = _named(model, ema)
-    moments = _moment_targets(model, document["optimizer"]["moments"]) if optimizer is not None else {}
     several = dist.is_initialized() and dist.get_world_size() > 1
     try:
+        targets = _named(model, ema)
+        moments = _moment_targets(model, document["optimizer"]["moments"]) if optimizer is not None else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             reader = dcp.HuggingFaceStorageReader(str(place))

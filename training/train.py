@@ -13,9 +13,8 @@ import math
 import os
 import signal
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +23,8 @@ import yaml
 from musicgen import settings
 from musicgen.config import SIZES, LMConfig, size
 from musicgen.errors import UserError
-from training import budget, devices
+from training import budget, devices, products
+from training import folder as folder_of
 from training.callbacks import LogConfig
 from training.data import BatchConfig
 from training.optim import MOMENTS, OptimConfig
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from training.sources import Sources
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "train"
-# Settings that may change between two starts of one run: none of them changes what is learned.
-_FREE = ("run", "data", "cache", "stop_at", "hardware", "log", "licence", "batch.workers", "batch.accumulate")
 EXIT_REQUEUE = 75  # asked to leave: the state is saved, run the same command again (EX_TEMPFAIL of sysexits.h)
 
 
@@ -98,7 +96,7 @@ def read_config(argv: Sequence[str], *, folders: bool = True) -> TrainConfig:
     name = _value_of("size", argv) or "demo"
     if name not in SIZES:
         raise UserError(f"unknown SIZE {name!r}; allowed: {', '.join(SIZES)}")
-    shape = [f"--{key}={value}" for key, value in _flat({"lm": settings.to_dict(size(name))}).items()]
+    shape = [f"--{key}={value}" for key, value in folder_of.flat({"lm": settings.to_dict(size(name))}).items()]
     layers = [path for path in [CONFIGS / f"{name}.yaml"] if path.is_file()]
     config = settings.parse(TrainConfig, [*shape, *argv], layers=layers, prog="python -m training.train")
     if folders and not config.data:
@@ -119,48 +117,6 @@ def _value_of(name: str, argv: Sequence[str]) -> str | None:
         elif token == f"--{name}" and i + 1 < len(argv):
             found = argv[i + 1]
     return found
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
-
-
-def check_same_run(folder: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse to go on with a run under other settings, another data set, codec or text encoder.
-
-    Raises:
-        UserError: naming every difference.
-    """
-    for part, word in (("codec", "codec"), ("text_encoder", "text encoder")):
-        if stored[part]["identity"] != wanted[part]["identity"]:
-            raise UserError(
-                f"RUN={str(folder)!r} was trained with {word} {stored[part]['name']!r} (identity "
-                f"{stored[part]['identity'][:12]}…), but now there is {wanted[part]['name']!r} (identity "
-                f"{wanted[part]['identity'][:12]}…), whose numbers mean other things. Use the one of the run, or "
-                "give another RUN to start anew"
-            )
-    if stored["dataset_version"] != wanted["dataset_version"]:
-        raise UserError(
-            f"RUN={str(folder)!r} was trained on data version {stored['dataset_version'][:12]}…, DATA now has version "
-            f"{wanted['dataset_version'][:12]}…; a run goes on with the data it began with. Give that data set, or "
-            "another RUN to start anew"
-        )
-    # A setting that did not exist when the run began has its default, which is what the run did then.
-    before = _flat(_plain(settings.to_dict(TrainConfig()))) | _flat(stored["settings"])
-    now = _flat(wanted["settings"])
-    differing = [
-        f"{name}: the run has {before.get(name, '(absent)')!r}, given {now.get(name, '(absent)')!r}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name) and not any(name == f or name.startswith(f"{f}.") for f in _FREE)
-    ]
-    if differing:
-        raise UserError(
-            f"RUN={str(folder)!r} was started with other settings:\n  " + "\n  ".join(differing) + "\n"
-            "Give the same settings to go on, or another RUN to start anew"
-        )
 
 
 def load_codec(shards: Sources, name: str) -> Codec:
@@ -200,120 +156,6 @@ def describe_data(shards: Sources) -> str:
     codec = shards.info["codec"]
     made_of = f"codec {codec['name']} {codec['identity'][:12]}, version {shards.info['dataset_version'][:12]}"
     return f"{', '.join(parts)}; {made_of}"
-
-
-def release_info(
-    module: MusicLMModule, config: TrainConfig, shards: Sources, valid_loss: float | None
-) -> dict[str, Any]:
-    """What a release says about itself (see musicgen.weights)."""
-    codec = shards.info["codec"]
-    return {
-        "codec": {"name": config.codec or codec["name"], "identity": codec["identity"]},
-        "text_encoder": {"name": module.encoder.name, "identity": module.encoder.identity},
-        "training": {
-            "step": module.progress.step,
-            "audio_seconds_seen": round(module.progress.audio_seconds_seen, 2),
-            "data_version": shards.info["dataset_version"],
-            "valid_loss": valid_loss,
-            "crop_seconds": config.batch.crop_seconds,
-            **({"init": config.init} if config.init else {}),
-        },
-        "licence": config.licence,
-        "made_by": f"musicgen-pipeline {version('musicgen-pipeline')}",
-    }
-
-
-def write_release(
-    model: MusicLM,
-    module: MusicLMModule,
-    valid_loss: float | None,
-    *,
-    folder: Path,
-    config: TrainConfig,
-    shards: Sources,
-) -> None:
-    """The release folder from a model that holds the averaged weights."""
-    import torch
-
-    from musicgen.weights import save_release
-
-    info = release_info(module, config, shards, valid_loss)
-    save_release(folder, model, info, getattr(torch, config.release_dtype))
-
-
-def make_clip(
-    lm: MusicLM,
-    module: MusicLMModule,
-    path: Path,
-    prompt: str | None,
-    seed: int,
-    seconds: float,
-    *,
-    codec: Codec | None,
-    info: Any,
-) -> dict[str, Any]:
-    """Generate one clip into `path` with the averaged model; returns what made it."""
-    from musicgen import generate, wav
-    from musicgen.sampling import SamplingConfig
-
-    if codec is None:
-        raise ValueError("clips need the codec")
-    module.encoder.to(next(lm.parameters()).device)  # a model put together from shards may stand elsewhere
-    model = generate.MusicGen(lm, codec, module.encoder, info(module))
-    sampling = SamplingConfig(top_k=min(SamplingConfig().top_k, lm.config.codebook_size))
-    audio, _ = generate.generate(model, [prompt], seconds, [seed], sampling)
-    mark = generate.marking(model, prompt, seed, seconds, sampling)
-    wav.write(str(path), audio[0], codec.sample_rate, mark)
-    module.encoder.to(module.device)
-    return {"seed": seed, "duration_seconds": seconds}
-
-
-def clip_prompts(shards: Sources, config: LogConfig, validation_texts: Iterable[str | None]) -> list[str | None]:
-    """Prompts of the clips: the given ones, or different descriptions of the validation crops."""
-    if config.prompts:
-        return list(config.prompts[: config.clips])
-    texts = [text for text in dict.fromkeys(validation_texts) if text]
-    stride = max(len(texts) // max(config.clips, 1), 1)
-    chosen: list[str | None] = [*texts[::stride]]
-    return (chosen or [None])[: config.clips]
-
-
-def _find_run(config: TrainConfig, wanted: dict[str, Any]) -> tuple[str | None, int]:
-    """The W&B id of the run in the folder and the step to go on from; None and 0 where there is no run yet.
-
-    Raises:
-        UserError: a run of other settings, or a folder of something else.
-    """
-    from training import state
-
-    folder = Path(config.run)
-    file = folder / "config.yaml"
-    if file.is_file():
-        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
-        check_same_run(folder, stored, wanted)
-        steps = state.steps_in(folder / "state")
-        return stored["wandb_run_id"], steps[-1] if steps else 0
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            f"RUN={config.run!r} exists and is not a run of this program (no config.yaml); give a new or empty folder"
-        )
-    return None, 0
-
-
-def _make_run(config: TrainConfig, wanted: dict[str, Any]) -> str:
-    """Make the run's folder with its config.yaml; returns the new W&B id."""
-    from training import record
-
-    folder, run_id = Path(config.run), record.new_run_id()
-    document = {**wanted, "wandb_run_id": run_id, "made_by": f"musicgen-pipeline {version('musicgen-pipeline')}"}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder.with_name(f".{folder.name}.config.tmp")
-        temporary.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        os.replace(temporary, folder / "config.yaml")
-    except OSError as error:
-        raise UserError(f"RUN={config.run!r} cannot be written: {error.strerror or error}") from error
-    return run_id
 
 
 def _quiet_libraries() -> None:
@@ -436,7 +278,7 @@ def start_from(lm: MusicLM, encoder: TextEncoder, config: TrainConfig, shards: S
                 f"{info[part]['identity'][:12]}…), this run has {here['name']!r} (identity {here['identity'][:12]}…), "
                 "whose numbers mean other things; use the one of the release"
             )
-    had, wanted = (_flat(settings.to_dict(c)) for c in (model.config, config.lm))
+    had, wanted = (folder_of.flat(settings.to_dict(c)) for c in (model.config, config.lm))
     free = ("dropout", "tail", "condition.text_encoder")  # without weights; the encoder was compared by identity
     other = [f"lm.{k}: it has {had[k]!r}, given {wanted[k]!r}" for k in had if had[k] != wanted[k] and k not in free]
     if other:
@@ -467,21 +309,21 @@ def fit(config: TrainConfig) -> Path:
     books, codes = config.lm.num_codebooks, config.lm.codebook_size
     data.check(shards, config.batch, world=hardware.world, num_codebooks=books, codebook_size=codes)
     folder = Path(config.run)
-    before = _last_progress(folder)
+    before = folder_of.last_progress(folder)
     plan = lay_out(config, shards, before)
     encoder = _load_encoder(config)
     identity = {
-        "settings": yaml.safe_load(yaml.safe_dump(_plain(settings.to_dict(config)))),
+        "settings": yaml.safe_load(yaml.safe_dump(folder_of.plain(settings.to_dict(config)))),
         "dataset_version": shards.info["dataset_version"],
         "sources": sources.identities(shards),
         "codec": {key: shards.info["codec"][key] for key in ("name", "identity")},
         "text_encoder": {"name": encoder.name, "identity": encoder.identity},
     }
-    run_id, start = _find_run(config, identity)
+    run_id, start = folder_of.find_run(config.run, identity, folder_of.plain(settings.to_dict(TrainConfig())))
     stop = min(config.stop_at or config.steps, config.steps)
     codec = load_codec(shards, config.codec) if config.log.clips and is_zero else None
     if run_id is None and is_zero:
-        run_id = _make_run(config, identity)
+        run_id = folder_of.make_run(config.run, identity)
     unigram = data.unigram_loss(shards, config.batch).tolist()
     if is_zero:
         print("\n".join(_data_lines(config, shards, start, unigram)), flush=True)
@@ -522,17 +364,17 @@ def fit(config: TrainConfig) -> Path:
         config.log.valid_every,
         config.steps,
         sum(unigram) / len(unigram),
-        functools.partial(write_release, folder=folder / "release", config=config, shards=shards),
+        functools.partial(products.write_release, folder=folder / "release", config=config, shards=shards),
         watch,
     )
-    prompts = clip_prompts(shards, config.log, [t for b in batches for t in b.texts]) if is_zero else []
-    describe = functools.partial(release_info, config=config, shards=shards, valid_loss=None)
+    prompts = products.clip_prompts(shards, config.log, [t for b in batches for t in b.texts]) if is_zero else []
+    describe = functools.partial(products.release_info, config=config, shards=shards, valid_loss=None)
     clips = callbacks.Clips(
         journal,
         config.log,
         config.steps,
         prompts,
-        functools.partial(make_clip, codec=codec, info=describe),
+        functools.partial(products.make_clip, codec=codec, info=describe),
         watch,
     )
     background = _in_background(config, plan)
@@ -569,14 +411,6 @@ def fit(config: TrainConfig) -> Path:
     return folder
 
 
-def _last_progress(folder: Path) -> Progress | None:
-    """What the newest state of a run knows; None where there is none."""
-    from training import state
-
-    steps = state.steps_in(folder / "state")
-    return state.read_progress(folder / "state", steps[-1]) if steps else None
-
-
 def _in_background(config: TrainConfig, plan: budget.Plan) -> bool:
     """Whether states are written beside the training: where the memory holds a copy of weights, average and moments."""
     if config.log.state_background != "auto":
@@ -584,13 +418,6 @@ def _in_background(config: TrainConfig, plan: budget.Plan) -> bool:
     copy = 4.0 * (2 + plan.task.moments) * config.lm.num_parameters() / plan.shards
     here = plan.device.memory if plan.device.is_cpu else devices.host_memory() / config.hardware.devices
     return copy + (plan.needed if plan.device.is_cpu else 0) <= budget.USABLE * here
-
-
-def _plain(tree: Any) -> Any:
-    """Tuples as lists, for YAML."""
-    if isinstance(tree, dict):
-        return {key: _plain(value) for key, value in tree.items()}
-    return [_plain(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
 
 
 def _summary(

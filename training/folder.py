@@ -1,0 +1,115 @@
+"""A run's folder: whose it is, what it was started with, and from which step it goes on.
+
+config.yaml holds settings, data version, codec and text encoder. A run goes on only with the same of them; settings
+that do not change what is learned (`_FREE`) may differ between two starts.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from musicgen.errors import UserError
+from training import record, state
+
+# Settings that may change between two starts of one run: none of them changes what is learned.
+_FREE = ("run", "data", "cache", "stop_at", "hardware", "log", "licence", "batch.workers", "batch.accumulate")
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of dotted names."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def plain(tree: Any) -> Any:
+    """Tuples as lists, for YAML."""
+    if isinstance(tree, dict):
+        return {key: plain(value) for key, value in tree.items()}
+    return [plain(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def check_same_run(folder: Path, stored: dict[str, Any], wanted: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Refuse to go on with a run under other settings, another data set, codec or text encoder.
+
+    Args:
+        stored: config.yaml of the run.
+        wanted: the same of this start.
+        defaults: every setting's default.
+
+    Raises:
+        UserError: naming every difference.
+    """
+    for part, word in (("codec", "codec"), ("text_encoder", "text encoder")):
+        if stored[part]["identity"] != wanted[part]["identity"]:
+            raise UserError(
+                f"RUN={str(folder)!r} was trained with {word} {stored[part]['name']!r} (identity "
+                f"{stored[part]['identity'][:12]}…), but now there is {wanted[part]['name']!r} (identity "
+                f"{wanted[part]['identity'][:12]}…), whose numbers mean other things. Use the one of the run, or "
+                "give another RUN to start anew"
+            )
+    if stored["dataset_version"] != wanted["dataset_version"]:
+        raise UserError(
+            f"RUN={str(folder)!r} was trained on data version {stored['dataset_version'][:12]}…, DATA now has version "
+            f"{wanted['dataset_version'][:12]}…; a run goes on with the data it began with. Give that data set, or "
+            "another RUN to start anew"
+        )
+    # A setting that did not exist when the run began has its default, which is what the run did then.
+    before = flat(defaults) | flat(stored["settings"])
+    now = flat(wanted["settings"])
+    differing = [
+        f"{name}: the run has {before.get(name, '(absent)')!r}, given {now.get(name, '(absent)')!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name) and not any(name == f or name.startswith(f"{f}.") for f in _FREE)
+    ]
+    if differing:
+        raise UserError(
+            f"RUN={str(folder)!r} was started with other settings:\n  " + "\n  ".join(differing) + "\n"
+            "Give the same settings to go on, or another RUN to start anew"
+        )
+
+
+def find_run(run: str, wanted: dict[str, Any], defaults: dict[str, Any]) -> tuple[str | None, int]:
+    """The W&B id of the run in the folder and the step to go on from; None and 0 where there is no run yet.
+
+    Raises:
+        UserError: a run of other settings, or a folder of something else.
+    """
+    folder = Path(run)
+    file = folder / "config.yaml"
+    if file.is_file():
+        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+        check_same_run(folder, stored, wanted, defaults)
+        steps = state.steps_in(folder / "state")
+        return stored["wandb_run_id"], steps[-1] if steps else 0
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"RUN={run!r} exists and is not a run of this program (no config.yaml); give a new or empty folder"
+        )
+    return None, 0
+
+
+def make_run(run: str, wanted: dict[str, Any]) -> str:
+    """Make the run's folder with its config.yaml; returns the new W&B id."""
+    folder, run_id = Path(run), record.new_run_id()
+    document = {**wanted, "wandb_run_id": run_id, "made_by": f"musicgen-pipeline {version('musicgen-pipeline')}"}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder.with_name(f".{folder.name}.config.tmp")
+        temporary.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        os.replace(temporary, folder / "config.yaml")
+    except OSError as error:
+        raise UserError(f"RUN={run!r} cannot be written: {error.strerror or error}") from error
+    return run_id
+
+
+def last_progress(folder: Path) -> state.Progress | None:
+    """What the newest state of a run knows; None where there is none."""
+    steps = state.steps_in(folder / "state")
+    return state.read_progress(folder / "state", steps[-1]) if steps else None

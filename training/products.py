@@ -1,0 +1,92 @@
+"""What a run gives away: releases, and clips to hear on the way. Both are made from the averaged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from musicgen.codec import Codec
+    from musicgen.lm import MusicLM
+    from training.callbacks import LogConfig
+    from training.module import MusicLMModule
+    from training.sources import Sources
+    from training.train import TrainConfig
+
+
+def release_info(
+    module: MusicLMModule, config: TrainConfig, shards: Sources, valid_loss: float | None
+) -> dict[str, Any]:
+    """What a release says about itself (see musicgen.weights)."""
+    codec = shards.info["codec"]
+    return {
+        "codec": {"name": config.codec or codec["name"], "identity": codec["identity"]},
+        "text_encoder": {"name": module.encoder.name, "identity": module.encoder.identity},
+        "training": {
+            "step": module.progress.step,
+            "audio_seconds_seen": round(module.progress.audio_seconds_seen, 2),
+            "data_version": shards.info["dataset_version"],
+            "valid_loss": valid_loss,
+            "crop_seconds": config.batch.crop_seconds,
+            **({"init": config.init} if config.init else {}),
+        },
+        "licence": config.licence,
+        "made_by": f"musicgen-pipeline {version('musicgen-pipeline')}",
+    }
+
+
+def write_release(
+    model: MusicLM,
+    module: MusicLMModule,
+    valid_loss: float | None,
+    *,
+    folder: Path,
+    config: TrainConfig,
+    shards: Sources,
+) -> None:
+    """The release folder from a model that holds the averaged weights."""
+    import torch
+
+    from musicgen.weights import save_release
+
+    info = release_info(module, config, shards, valid_loss)
+    save_release(folder, model, info, getattr(torch, config.release_dtype))
+
+
+def make_clip(
+    lm: MusicLM,
+    module: MusicLMModule,
+    path: Path,
+    prompt: str | None,
+    seed: int,
+    seconds: float,
+    *,
+    codec: Codec | None,
+    info: Any,
+) -> dict[str, Any]:
+    """Generate one clip into `path` with the averaged model; returns what made it."""
+    from musicgen import generate, wav
+    from musicgen.sampling import SamplingConfig
+
+    if codec is None:
+        raise ValueError("clips need the codec")
+    module.encoder.to(next(lm.parameters()).device)  # a model put together from shards may stand elsewhere
+    model = generate.MusicGen(lm, codec, module.encoder, info(module))
+    sampling = SamplingConfig(top_k=min(SamplingConfig().top_k, lm.config.codebook_size))
+    audio, _ = generate.generate(model, [prompt], seconds, [seed], sampling)
+    mark = generate.marking(model, prompt, seed, seconds, sampling)
+    wav.write(str(path), audio[0], codec.sample_rate, mark)
+    module.encoder.to(module.device)
+    return {"seed": seed, "duration_seconds": seconds}
+
+
+def clip_prompts(shards: Sources, config: LogConfig, validation_texts: Iterable[str | None]) -> list[str | None]:
+    """Prompts of the clips: the given ones, or different descriptions of the validation crops."""
+    if config.prompts:
+        return list(config.prompts[: config.clips])
+    texts = [text for text in dict.fromkeys(validation_texts) if text]
+    stride = max(len(texts) // max(config.clips, 1), 1)
+    chosen: list[str | None] = [*texts[::stride]]
+    return (chosen or [None])[: config.clips]
