@@ -28,7 +28,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scored: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         low_weight = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden, dtype=dtype)
@@ -40,8 +42,13 @@ class _HeadCrossEntropy(torch.autograd.Function):
             at = targets[rows, None]
             # A probability that underflows counts as 1e-38 in the sum; its gradient stays exact.
             of_target = p.gather(1, at)
-            total -= of_target.clamp(min=1e-38).log().sum()
-            low = p.scatter_(1, at, of_target - 1).to(dtype)
+            logs = of_target.clamp(min=1e-38).log()
+            p.scatter_(1, at, of_target - 1)
+            if scored is not None:
+                counts = scored[rows, None]
+                logs, p = logs.where(counts, 0.0), p.where(counts, 0.0)
+            total -= logs.sum()
+            low = p.to(dtype)
             grad_hidden[rows] = low @ low_weight
             grad_weight += low.t() @ low_hidden
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -52,28 +59,38 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
         types = ctx.types
-        return (grad_hidden * grads[0]).to(types[0]), (grad_weight * grads[0]).to(types[1]), None, None
+        return (grad_hidden * grads[0]).to(types[0]), (grad_weight * grads[0]).to(types[1]), None, None, None
 
 
-def cross_entropy_sums(hidden: Tensor, heads: Sequence[nn.Linear], targets: Tensor, mask: Tensor) -> Tensor:
+def cross_entropy_sums(
+    hidden: Tensor, heads: Sequence[nn.Linear], targets: Tensor, mask: Tensor, *, select: bool | None = None
+) -> Tensor:
     """Sum of the cross-entropy over each codebook's targets.
 
     Args:
         hidden: `[B, S, D]`, what the heads read.
         heads: K linear maps from D to V logits, without bias.
         targets: `[B, K, S]` long.
-        mask: `[B, K, S]` bool, true where a target counts. Other cells never enter a softmax.
+        mask: `[B, K, S]` bool, true where a target counts; other cells give neither loss nor gradient.
+        select: take those cells out first, which is less work, or compute all and erase the others, because choosing
+            makes a GPU's host wait for it. By default the first on a CPU, the second on a GPU.
 
     Returns:
         float32 `[K]`, differentiable.
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    select = kind == "cpu" if select is None else select
     sums = []
     with torch.autocast(kind, enabled=False):
         for k, head in enumerate(heads):
             chosen = mask[:, k]
-            sums.append(_HeadCrossEntropy.apply(hidden[chosen], head.weight, targets[:, k][chosen], dtype))
+            if select:
+                cells = hidden[chosen], head.weight, targets[:, k][chosen], None
+            else:
+                ids = targets[:, k].where(chosen, 0).flatten()
+                cells = hidden.flatten(0, 1), head.weight, ids, chosen.flatten()
+            sums.append(_HeadCrossEntropy.apply(*cells, dtype))
     return torch.stack(sums)
 
 
