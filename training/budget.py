@@ -437,14 +437,14 @@ def main(argv: Sequence[str]) -> int:
     if wanted.gpus % per_node:
         raise UserError(f"GPUS={wanted.gpus} is not a multiple of the {per_node} of a node; give --per_node")
     plan = choose(
-        train.task_of(config),
+        replace(train.task_of(config), bf16=config.hardware.precision != "float32"),  # for GPUs, wherever it is printed
         device,
         wanted.gpus,
         nodes=wanted.gpus // per_node,
         **train.layout_settings(config),
         mfu=wanted.mfu,
     )
-    rate, said = rate_of(device, bf16=config.hardware.precision == "bf16", mfu=wanted.mfu)
+    rate, said = rate_of(device, bf16=True, mfu=wanted.mfu)
     print("\n".join(lines(plan, name=config.size, rate=rate, rate_said=said)))
     if not plan.fits:
         raise UserError(f"SIZE={config.size} does not fit {wanted.gpus} x {device.name}; see the plan above")

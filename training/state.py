@@ -225,9 +225,15 @@ def read_progress(folder: Path, step: int) -> Progress:
 
 def _document(place: Path) -> dict[str, Any]:
     try:
-        return json.loads((place / "state.json").read_text())
+        document = json.loads((place / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise _damaged(place, error) from error
+    if "optimizer" not in document:
+        raise UserError(
+            f"{place} was written by an earlier version of this program; finish the run with that version, or start "
+            "another RUN from its weights: INIT=<run>/release"
+        )
+    return document
 
 
 def load(folder: Path, step: int, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -32,9 +32,10 @@ from training.state import Progress
 from training.strategy import HardwareConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from musicgen.codec import Codec
     from musicgen.conditioning import TextEncoder
-    from musicgen.lm import MusicLM
     from training.module import MusicLMModule
     from training.sources import Sources
 
@@ -182,7 +183,7 @@ def task_of(config: TrainConfig, frame_rate: float = 50.0) -> budget.Task:
         config.batch.size,
         round(config.batch.crop_seconds * frame_rate),
         config.steps,
-        bf16=config.hardware.precision == "bf16",
+        bf16=config.hardware.number_format == "bf16",
         moments=MOMENTS[config.optim.name],
         crop_seconds=config.batch.crop_seconds,
     )
@@ -259,8 +260,8 @@ def _load_encoder(config: TrainConfig) -> TextEncoder:
     return encoder
 
 
-def start_from(lm: MusicLM, encoder: TextEncoder, config: TrainConfig, shards: Sources) -> None:
-    """Put the weights of the release INIT into a fresh model.
+def released(encoder: TextEncoder, config: TrainConfig, shards: Sources) -> dict[str, Tensor]:
+    """The weights of the release INIT, checked to fit the run.
 
     Raises:
         UserError: no release, another shape, or one made for another codec or text encoder.
@@ -285,7 +286,7 @@ def start_from(lm: MusicLM, encoder: TextEncoder, config: TrainConfig, shards: S
         raise UserError(
             f"INIT={config.init!r} is a model of another shape:\n  " + "\n  ".join(other) + "\nGive its SIZE and shape"
         )
-    lm.load_state_dict(model.state_dict())
+    return model.state_dict()
 
 
 def fit(config: TrainConfig) -> Path:
@@ -322,6 +323,9 @@ def fit(config: TrainConfig) -> Path:
     run_id, start = folder_of.find_run(config.run, identity, folder_of.plain(settings.to_dict(TrainConfig())))
     stop = min(config.stop_at or config.steps, config.steps)
     codec = load_codec(shards, config.codec) if config.log.clips and is_zero else None
+    # Where the model is sharded, rank 0 sends its weights.
+    takes = config.init and not start and (is_zero or plan.shards == 1)
+    weights = released(encoder, config, shards) if takes else None
     if run_id is None and is_zero:
         run_id = folder_of.make_run(config.run, identity)
     unigram = data.unigram_loss(shards, config.batch).tolist()
@@ -333,8 +337,8 @@ def fit(config: TrainConfig) -> Path:
 
     torch.manual_seed(config.seed)
     lm = strategy.build_model(functools.partial(MusicLM, config.lm), plan, rank)
-    if config.init and not start and (is_zero or plan.shards == 1):  # where it is sharded, rank 0 sends its weights
-        start_from(lm, encoder, config, shards)
+    if weights is not None:
+        lm.load_state_dict(weights)
     rule = data.crop_rule(config.batch, shards.info["codec"]["frame_rate"])
     module = MusicLMModule(
         lm,
