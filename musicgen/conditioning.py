@@ -160,7 +160,7 @@ class TextEncoder:
     @property
     def max_tokens(self) -> int | None:
         """The longest text in tokens; None where the encoder has no limit."""
-        return self._max_length
+        return self.tokenize.max_length
 
     def num_tokens(self, text: str) -> int:
         """Tokens of a text, those that the tokenizer adds included."""

@@ -85,6 +85,7 @@ def cross_entropy_sums(
     with torch.autocast(kind, enabled=False):
         for k, head in enumerate(heads):
             chosen = mask[:, k]
+            cells: tuple[Any, ...]
             if select:
                 cells = hidden[chosen], head.weight, targets[:, k][chosen], None
             else:
