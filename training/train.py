@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import os
 import signal
@@ -97,7 +98,7 @@ def read_config(argv: Sequence[str], *, folders: bool = True) -> TrainConfig:
     name = _value_of("size", argv) or "demo"
     if name not in SIZES:
         raise UserError(f"unknown SIZE {name!r}; allowed: {', '.join(SIZES)}")
-    shape = [f"--{key}={value}" for key, value in folder_of.flat({"lm": settings.to_dict(size(name))}).items()]
+    shape = [f"--{key}={_word(value)}" for key, value in folder_of.flat({"lm": settings.to_dict(size(name))}).items()]
     layers = [path for path in [CONFIGS / f"{name}.yaml"] if path.is_file()]
     config = settings.parse(TrainConfig, [*shape, *argv], layers=layers, prog="python -m training.train")
     if folders and not config.data:
@@ -107,6 +108,11 @@ def read_config(argv: Sequence[str], *, folders: bool = True) -> TrainConfig:
     if config.steps < 1 or config.stop_at < 0:
         raise UserError(f"steps is {config.steps} and stop_at {config.stop_at}; give steps >= 1 and stop_at >= 0")
     return config
+
+
+def _word(value: Any) -> str:
+    """A setting's value as the command line takes it."""
+    return json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _value_of(name: str, argv: Sequence[str]) -> str | None:
