@@ -370,7 +370,7 @@ def lines(plan: Plan, *, name: str, rate: float | None, rate_said: str) -> list[
         f"batch     {plan.micro} clips per pass x {plan.accumulate} passes x {plan.ranks} ranks, "
         f"activation checkpointing {plan.checkpointing}",
         f"memory    {_size(plan.needed)} GiB per {unit} of {device.memory / GIB:.1f} (up to {USABLE:.0%} is used): "
-        + ", ".join(f"{part} {_size(value)}" for part, value in plan.memory.items() if value),
+        + ", ".join(f"{part} {_size(value)}" for part, value in plan.memory.items() if value >= 0.005 * GIB),
     ]
     if lm.condition.text_encoder not in ENCODERS:
         out.append(f"          without the text encoder {lm.condition.text_encoder!r}, whose size is not known")
@@ -383,7 +383,12 @@ def lines(plan: Plan, *, name: str, rate: float | None, rate_said: str) -> list[
             f"time      {step:.3g} s per step at {rate_said} (computing {compute:.3g} s"
             + (f", traffic {talk:.3g} s, hidden behind it" if 0 < talk <= compute else "")
             + (f", traffic {talk:.3g} s, which is the longer" if talk > compute else "")
-            + f"); {task.steps:,} steps take {days:,.1f} days, {days * plan.ranks:,.0f} {unit}-days"
+            + f"); {task.steps:,} steps take "
+            + (
+                f"{days:,.1f} days, {days * plan.ranks:,.0f} {unit}-days"
+                if days > 2
+                else f"{24 * 60 * days:,.1f} minutes"
+            )
         )
     if not plan.fits:
         out.append(
