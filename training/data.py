@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from musicgen.conditioning import CaptionTokenizer, Tokens, drop_words
+from musicgen.config import ConditionConfig
 from musicgen.errors import UserError
 from pipelines.shard import ShardSet
-from training import loss, plan
+from training import controls, loss, plan
 from training.sources import Sources
 
 
@@ -36,6 +37,7 @@ class BatchConfig:
         sample_by: `tracks` draws each track alike (the reference), `seconds` each second of audio alike.
         condition_dropout: probability per item of training without its condition (needed for guidance).
         word_dropout: probability per word of a training caption of being dropped.
+        melody_dropout: probability per item of training without its melody, where the model listens to one.
         workers: processes that read ahead; 0 reads in the training process.
         valid_crops: most crops that a validation scores.
         valid_batch: crops per forward pass of validation, on each rank.
@@ -49,6 +51,7 @@ class BatchConfig:
     sample_by: Literal["tracks", "seconds"] = "tracks"
     condition_dropout: float = 0.2
     word_dropout: float = 0.3
+    melody_dropout: float = 0.5
     workers: int = 4
     valid_crops: int = 1000
     valid_batch: int = 16
@@ -59,7 +62,7 @@ class BatchConfig:
         for name, least in (("size", 1), ("accumulate", 0), ("workers", 0), ("valid_crops", 1), ("valid_batch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"batch.{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("condition_dropout", "word_dropout"):
+        for name in ("condition_dropout", "word_dropout", "melody_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"batch.{name} is {getattr(self, name)}; it must be in [0, 1]")
         if not 0 <= self.tail_seconds <= 60:
@@ -80,6 +83,8 @@ class Batch:
         step: 0-based step, -1 in validation.
         keys: the tracks' keys, for messages.
         tokens: the captions as the text encoder's ids; None where they were not asked for.
+        chroma: uint8 `[B, C]`, the crops' melodies; None for a model without melody input.
+        attributes: float32 `[B, N]`, shares of the attributes' rows; None for a model without attributes.
     """
 
     codes: Tensor
@@ -89,10 +94,15 @@ class Batch:
     step: int
     keys: list[str]
     tokens: Tokens | None = None
+    chroma: Tensor | None = None
+    attributes: Tensor | None = None
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tokens = None if self.tokens is None else self.tokens.apply(change)
-        return replace(self, codes=change(self.codes), valid=change(self.valid), tokens=tokens)
+        chroma = None if self.chroma is None else change(self.chroma)
+        attributes = None if self.attributes is None else change(self.attributes)
+        codes, valid = change(self.codes), change(self.valid)
+        return replace(self, codes=codes, valid=valid, tokens=tokens, chroma=chroma, attributes=attributes)
 
     def to(self, device: torch.device | str, **options: Any) -> Batch:
         """The batch with its tensors on a device (Lightning calls this)."""
@@ -139,8 +149,18 @@ def raw_text(meta: dict[str, Any]) -> str | None:
     return (descriptions[0]["text"] or None) if descriptions else None
 
 
-def collate(shards: ShardSet | Sources, items: Sequence[plan.Item], texts: list[str | None], crop_frames: int) -> Batch:
-    """Read the crops of `items` into one batch; its `valid_frames` are those of these items."""
+def collate(
+    shards: ShardSet | Sources,
+    items: Sequence[plan.Item],
+    texts: list[str | None],
+    crop_frames: int,
+    condition: ConditionConfig | None = None,
+    melody_dropout: float = 0.0,
+) -> Batch:
+    """Read the crops of `items`, with what `condition` hears beside text, into one batch.
+
+    Its `valid_frames` are those of these items.
+    """
     books = int(shards.info["codec"]["num_codebooks"])
     codes = np.zeros((len(items), books, crop_frames), dtype=np.int16)
     for row, item in enumerate(items):
@@ -155,6 +175,8 @@ def collate(shards: ShardSet | Sources, items: Sequence[plan.Item], texts: list[
         valid_frames=frames,
         step=items[0].step,
         keys=[keys[item.row].as_py() for item in items],
+        chroma=controls.melodies(shards, items, melody_dropout) if condition and condition.melody else None,
+        attributes=controls.attributes(shards, items, condition) if condition and condition.attributes else None,
     )
 
 
@@ -165,6 +187,7 @@ class Stream(IterableDataset):
         start: first step.
         rank, world: this process among all.
         tokenize: turns captions into ids; without it a batch carries its texts alone.
+        condition: what the model hears, for melodies and attributes.
     """
 
     def __init__(
@@ -177,8 +200,9 @@ class Stream(IterableDataset):
         rank: int = 0,
         world: int = 1,
         tokenize: CaptionTokenizer | None = None,
+        condition: ConditionConfig | None = None,
     ) -> None:
-        self.shards, self.config, self.tokenize = shards, config, tokenize
+        self.shards, self.config, self.tokenize, self.condition = shards, config, tokenize, condition
         self.parts = max(config.accumulate, 1)
         self.seed, self.start, self.rank, self.world = seed, start, rank, world
         self.rule = crop_rule(config, shards.info["codec"]["frame_rate"])
@@ -200,7 +224,7 @@ class Stream(IterableDataset):
         share = len(items) // self.parts
         items = items[part * share : (part + 1) * share]
         texts = [training_text(self.shards.meta(i.row), i, self.config.word_dropout) for i in items]
-        made = collate(self.shards, items, texts, self.rule.frames)
+        made = collate(self.shards, items, texts, self.rule.frames, self.condition, self.config.melody_dropout)
         made.valid_frames = frames
         made.tokens = self.tokenize(texts) if self.tokenize else None
         return made
@@ -242,7 +266,12 @@ def training_loader(stream: Stream, *, pin_memory: bool = False) -> Loader:
 
 
 def validation_batches(
-    shards: ShardSet | Sources, config: BatchConfig, *, rank: int = 0, world: int = 1
+    shards: ShardSet | Sources,
+    config: BatchConfig,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    condition: ConditionConfig | None = None,
 ) -> list[Batch]:
     """This rank's part of the fixed validation crops; empty when the data set has no validation tracks.
 
@@ -254,7 +283,8 @@ def validation_batches(
     if every:
         items += [replace(every[0], frames=0)] * (-(-len(every) // world) - len(items))
     parts = [items[i : i + config.valid_batch] for i in range(0, len(items), config.valid_batch)]
-    return [collate(shards, part, [raw_text(shards.meta(i.row)) for i in part], rule.frames) for part in parts]
+    texts = [[raw_text(shards.meta(i.row)) for i in part] for part in parts]
+    return [collate(shards, part, words, rule.frames, condition) for part, words in zip(parts, texts)]
 
 
 def unigram_loss(shards: ShardSet | Sources, config: BatchConfig, at_most: int = 3000) -> np.ndarray:

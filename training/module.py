@@ -100,7 +100,8 @@ class MusicLMModule(pl.LightningModule):
             batch.codes.long(), config.special_id, valid=batch.valid, pattern=config.pattern, tail=config.tail
         )
         heads: list[Any] = list(self.lm.linears)
-        sums = loss.cross_entropy_sums(self.lm.hidden(inputs, hidden, mask), heads, targets, scored)
+        heard = self.lm.hidden(inputs, hidden, mask, chroma=batch.chroma, attributes=batch.attributes)
+        sums = loss.cross_entropy_sums(heard, heads, targets, scored)
         limits = patterns.scored_frames(
             self.crop_frames, config.num_codebooks, pattern=config.pattern, tail=config.tail
         )

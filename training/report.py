@@ -172,7 +172,7 @@ def _facts(clip: listening.Clip) -> str:
 @torch.no_grad()
 def validation_losses(model: generate.MusicGen, data: ShardSet, config: BatchConfig) -> np.ndarray:
     """Cross-entropy in nats of each codebook [K] on the validation crops of `config`; NaN without any."""
-    batches = validation_batches(data, config)
+    batches = validation_batches(data, config, condition=model.lm.config.condition)
     if not batches:
         return np.full(model.lm.config.num_codebooks, np.nan)
     sums = counts = torch.zeros(model.lm.config.num_codebooks)
@@ -187,7 +187,8 @@ def validation_losses(model: generate.MusicGen, data: ShardSet, config: BatchCon
             tail=lm.config.tail,
         )
         heads = cast("list[torch.nn.Linear]", list(lm.linears))
-        sums = sums + loss.cross_entropy_sums(lm.hidden(inputs, hidden, mask), heads, targets, scored)
+        heard = lm.hidden(inputs, hidden, mask, chroma=batch.chroma, attributes=batch.attributes)
+        sums = sums + loss.cross_entropy_sums(heard, heads, targets, scored)
         counts = counts + scored.sum(dim=(0, 2))
     return (sums / counts).numpy()
 

@@ -305,7 +305,7 @@ def fit(config: TrainConfig) -> Path:
     import torch
 
     from musicgen.lm import MusicLM
-    from training import callbacks, data, record, sources, strategy
+    from training import callbacks, controls, data, record, sources, strategy
     from training.module import MusicLMModule
 
     _quiet_libraries()
@@ -315,6 +315,8 @@ def fit(config: TrainConfig) -> Path:
     shards = sources.open_data(config.data, config.cache, rank=int(os.environ.get("LOCAL_RANK", "0")))
     books, codes = config.lm.num_codebooks, config.lm.codebook_size
     data.check(shards, config.batch, world=hardware.world, num_codebooks=books, codebook_size=codes)
+    labelled = controls.with_labels(config.lm, shards, data.tracks_of(shards, "train").rows)
+    config = dataclasses.replace(config, lm=labelled)
     folder = Path(config.run)
     before = folder_of.last_progress(folder)
     plan = lay_out(config, shards, before)
@@ -363,7 +365,8 @@ def fit(config: TrainConfig) -> Path:
 
     logger = record.wandb_logger(folder, run_id, identity) if run_id and is_zero else None
     journal = record.Record(folder, start, logger) if is_zero else None
-    batches = data.validation_batches(shards, config.batch, rank=rank, world=hardware.world)
+    condition = config.lm.condition
+    batches = data.validation_batches(shards, config.batch, rank=rank, world=hardware.world, condition=condition)
     if not batches and is_zero:
         print("warning   DATA has no validation tracks: no validation, the release holds the last weights", flush=True)
     watch = callbacks.Stopwatch()
@@ -399,7 +402,14 @@ def fit(config: TrainConfig) -> Path:
     )
     batch = dataclasses.replace(config.batch, accumulate=plan.accumulate)
     stream = data.Stream(
-        shards, batch, seed=config.seed, start=start, rank=rank, world=hardware.world, tokenize=encoder.tokenize
+        shards,
+        batch,
+        seed=config.seed,
+        start=start,
+        rank=rank,
+        world=hardware.world,
+        tokenize=encoder.tokenize,
+        condition=condition,
     )
     try:
         trainer.fit(module, train_dataloaders=data.training_loader(stream, pin_memory=hardware.uses_gpu))

@@ -6,6 +6,7 @@ style, so that text tells something about the tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,13 @@ def write_dataset(
     codec: dict[str, Any] | None = None,
     seed: int = 0,
     books: int = 4,
-    more: dict[str, Any] | None = None,
+    more: dict[str, Any] | Callable[[int], dict[str, Any]] | None = None,
+    melody: Callable[[int, int], np.ndarray] | None = None,
 ) -> Path:
     """Write a data set of `tracks` tracks, the last `valid` of them in the split `valid`; returns its folder.
 
-    `more` is added to the metadata of every track.
+    `more` is added to the metadata of every track, or what it gives for a track's number; `melody` gives the chroma
+    bins of a track by number and frames, silence without it.
     """
     rng = np.random.default_rng(seed)
     (folder / "shards").mkdir(parents=True)
@@ -61,10 +64,11 @@ def write_dataset(
                 {"text": f"{text}.", "language": "en", "sources": ["description"]},
                 {"text": f"{text}. bpm: 120.0", "language": "en", "sources": ["description", "bpm"]},
             ],
-            **(more or {}),
+            **((more(number) if callable(more) else more) or {}),
         }
         codes = codes_of(style, length, rng, size, books)
-        records[split].append(shard.make_record(codes, np.full(-(-length // 6), 255), meta))
+        chroma = melody(number, length) if melody else np.full(-(-length // 6), 255)
+        records[split].append(shard.make_record(codes, chroma, meta))
         rows.append(
             {
                 "key": meta["key"],
