@@ -6,6 +6,9 @@ Each runs in its own process, so that one that runs out of memory costs only its
 `training`: twenty real steps of each size that fits, by `training.train` itself: clips per second, model FLOP per
 second and their share of the peak by the stated rule, the widespread 6N + 12LdT figure beside it, peak memory beside
 the planned one; then a step of 300m beside that of a plain transformers MusicGen.
+
+`generation`: steps per second of one clip by size and weights and of a batch of clips of 3.3b, with the share of the
+bandwidth's floor; captured graphs beside plain steps, and whether both draw the same tokens.
 """
 
 from __future__ import annotations
@@ -76,7 +79,14 @@ def training(config: GpuConfig) -> dict[str, Any]:
     return found
 
 
-SECTIONS: dict[str, Callable[[GpuConfig], dict[str, Any]]] = {"training": training}
+def generation(config: GpuConfig) -> dict[str, Any]:
+    """Speed of generation by size, weights and clips, graphs beside plain steps (`benchmarks.generate_gpu`)."""
+    from benchmarks import generate_gpu
+
+    return generate_gpu.measure()
+
+
+SECTIONS: dict[str, Callable[[GpuConfig], dict[str, Any]]] = {"training": training, "generation": generation}
 
 
 def main(argv: Sequence[str]) -> int:

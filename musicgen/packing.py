@@ -46,7 +46,7 @@ def pack(weight: Tensor, precision: Precision) -> Product:
     weight = weight.detach()
     dtype = stream_dtype(precision, weight.device)
     if weight.device.type != "cpu":
-        return _int8_plain(weight, dtype) if precision == "int8" else _plain(weight.to(dtype))
+        return _int8_on_gpu(weight, dtype) if precision == "int8" else _plain(weight.to(dtype))
     if precision == "float32":
         return _onednn(weight.float()) if torch.backends.mkldnn.is_available() else _plain(weight.float())
     if precision == "bf16":
@@ -71,10 +71,14 @@ def _onednn(weight: Tensor) -> Product:
     return lambda x: ops._linear_pointwise(x, packed, None, "none", [], "")
 
 
-def _int8_plain(weight: Tensor, dtype: torch.dtype) -> Product:
+def _int8_on_gpu(weight: Tensor, dtype: torch.dtype) -> Product:
     quantized, scale = quantize_rows(weight)
     factor = scale.to(dtype)
-    return lambda x: F.linear(x, quantized.to(dtype)) * factor
+    try:  # torch's kernel for int8 weights, where this build has it for the device and the shape
+        torch._weight_int8pack_mm(weight.new_zeros(2, weight.shape[1], dtype=dtype), quantized, factor)
+    except (RuntimeError, NotImplementedError):
+        return lambda x: F.linear(x, quantized.to(dtype)) * factor
+    return lambda x: torch._weight_int8pack_mm(x.flatten(0, -2), quantized, factor).unflatten(0, x.shape[:-1])
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from musicgen.conditions import Conditions
 from musicgen.config import ConditionConfig, LMConfig
 from musicgen.engine import Engine
 from musicgen.lm import MusicLM
-from musicgen.packing import PRECISIONS, Precision, pack, quantize_rows, stream_dtype
+from musicgen.packing import PRECISIONS, Precision, _int8_on_gpu, pack, quantize_rows, stream_dtype
 
 TINY = LMConfig(
     dim=48, num_layers=3, num_heads=4, codebook_size=64, condition=ConditionConfig(text_encoder="minilm", text_dim=20)
@@ -100,6 +100,14 @@ def test_precisions(precision: Precision) -> None:
     error = float((logits - whole).norm() / whole.norm())
     assert logits.dtype == torch.float32 and error < LIMITS[precision][1]
     assert precision == "float32" or error > 1e-5, "the setting acts"
+
+
+def test_int8_of_a_gpu_is_the_product() -> None:
+    """The form for GPUs, which this build's kernel takes on a CPU as well."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 64), torch.randn(2, 5, 64)
+    product, true = _int8_on_gpu(weight, torch.bfloat16)(x.bfloat16()).float(), x @ weight.T
+    assert product.shape == true.shape and float((product - true).norm() / true.norm()) < 0.02
 
 
 def test_rows_are_quantised_symmetrically() -> None:
