@@ -21,7 +21,7 @@ export WANDB_SILENT ?= true
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo test test-slow ingest plan train generate codec codec-eval check check-music bench bench-generate bench-loader bench-train bench-gpu assets music lock clean
+.PHONY: help setup dev demo test test-slow ingest plan train generate codec codec-eval check check-music bench bench-generate bench-codec bench-loader bench-train bench-gpu assets music lock clean
 
 help: ## this list
 	@echo "usage: make TARGET [NAME=value …] [ARGS='--setting value …']"
@@ -65,8 +65,8 @@ generate: setup ## PROMPT="…" DURATION=10 [MODEL=… OUT=… SEED=… MELODY=�
 codec: setup ## [SIZE=demo|32khz] DATA=… RUN=…: train an EnCodec from a catalogue
 	$(BIN)/python -m training.codec.train --size "$(SIZE)" --data "$(or $(DATA),$(MUSIC)/catalog.jsonl)" --run "$(or $(RUN),runs/codec-$(SIZE))" $(ARGS)
 
-codec-eval: setup ## [CODEC=demo DATA=…]: distance, chroma agreement and codebook use beside Opus
-	$(BIN)/python -m training.codec.evaluate --codec "$(or $(CODEC),demo)" --data "$(or $(DATA),musicgen/assets/catalogue/catalog.jsonl)" $(ARGS)
+codec-eval: setup ## [CODEC=demo DATA=… OUT=runs/codec-eval]: distances, pitch and bits beside Opus; a page to hear them
+	$(BIN)/python -m training.codec.evaluate --codec "$(or $(CODEC),demo)" --data "$(or $(DATA),musicgen/assets/catalogue/catalog.jsonl)" --out "$(or $(OUT),runs/codec-eval)/figures.json" --page "$(or $(OUT),runs/codec-eval)/index.html" $(ARGS)
 
 check: dev ## ruff, mypy, import rules
 	$(BIN)/ruff check .
@@ -80,6 +80,9 @@ check-music: setup ## [MODEL=… DATA=…]: does the model make music, and the m
 bench: setup ## speed of ingest by stage and of training, as tables (keep the machine otherwise idle)
 	$(BIN)/python -m benchmarks.ingest
 	$(BIN)/python -m benchmarks.training
+
+bench-codec: setup ## [CODEC=demo]: encoding beside eager transformers; codes of windows, crops and batches compared
+	$(BIN)/python -m benchmarks.codec $(if $(CODEC),--codecs "[$(CODEC)]") $(ARGS)
 
 bench-generate: setup ## [SIZE=300m]: speed of generation beside transformers', and what int8 weights cost
 	$(BIN)/python -m benchmarks.generate --size "$(if $(filter command,$(origin SIZE)),$(SIZE),300m)" $(ARGS)

@@ -7,8 +7,12 @@ Each runs in its own process, so that one that runs out of memory costs only its
 second and their share of the peak by the stated rule, the widespread 6N + 12LdT figure beside it, peak memory beside
 the planned one; then a step of 300m beside that of a plain transformers MusicGen.
 
+`codec`: encoding by the paper's network, times real time by batch (`benchmarks.codec_gpu`).
+
 `generation`: steps per second of one clip by size and weights and of a batch of clips of 3.3b, with the share of the
 bandwidth's floor; captured graphs beside plain steps, and whether both draw the same tokens.
+
+`--device cpu --tiny true` runs the sections that can run small on a CPU, to try their code.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from musicgen import settings
 from musicgen.errors import UserError
@@ -33,16 +37,25 @@ class GpuConfig:
     Args:
         sections: names out of `SECTIONS`, with commas between; all when empty.
         steps: steps of a measured training, the first fifth left out.
+        device: `cuda`, or `cpu` to try the code.
+        tiny: small networks, to try the code.
         out: also write the result to this file.
     """
 
     sections: str = ""
     steps: int = 20
+    device: Literal["cuda", "cpu"] = "cuda"
+    tiny: bool = False
     out: str = ""
+
+
+LEFT_OUT = {"left_out": "measured on a CUDA device only"}
 
 
 def training(config: GpuConfig) -> dict[str, Any]:
     """Speed, share of the peak and memory of training, by size."""
+    if config.device != "cuda":
+        return LEFT_OUT
     from benchmarks import training as bench
     from training import budget, devices, train
 
@@ -79,14 +92,30 @@ def training(config: GpuConfig) -> dict[str, Any]:
     return found
 
 
+def codec(config: GpuConfig) -> dict[str, Any]:
+    """Speed of encoding."""
+    import torch
+
+    from benchmarks import codec_gpu
+
+    device = torch.device(config.device)
+    return codec_gpu.measure(device, tiny=True, batches=(2, 3), repeats=1) if config.tiny else codec_gpu.measure(device)
+
+
 def generation(config: GpuConfig) -> dict[str, Any]:
     """Speed of generation by size, weights and clips, graphs beside plain steps (`benchmarks.generate_gpu`)."""
+    if config.device != "cuda":
+        return LEFT_OUT
     from benchmarks import generate_gpu
 
     return generate_gpu.measure()
 
 
-SECTIONS: dict[str, Callable[[GpuConfig], dict[str, Any]]] = {"training": training, "generation": generation}
+SECTIONS: dict[str, Callable[[GpuConfig], dict[str, Any]]] = {
+    "training": training,
+    "codec": codec,
+    "generation": generation,
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -98,15 +127,18 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"unknown section {unknown[0]!r}; allowed: {', '.join(SECTIONS)}")
     import torch
 
-    if not torch.cuda.is_available():
+    on_gpu = config.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
         raise UserError(
-            "this measures a GPU and there is none here; on a CPU use make bench, bench-loader, bench-train"
+            "this measures a GPU and there is none here; on a CPU use make bench, bench-loader, bench-train, "
+            "bench-codec, or try the code with --device cpu --tiny true"
         )
     if len(wanted) == 1:
         found = {wanted[0]: SECTIONS[wanted[0]](config)}
     else:
         found = {name: _apart(name, config) for name in wanted}
-    document = {"gpu": torch.cuda.get_device_name(0), "torch": torch.__version__, "sections": found}
+    name = torch.cuda.get_device_name(0) if on_gpu else "none"
+    document = {"gpu": name, "torch": torch.__version__, "sections": found}
     print(json.dumps(document))
     if config.out:
         Path(config.out).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -118,7 +150,8 @@ def _apart(name: str, config: GpuConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "section.json"
         command = [sys.executable, "-m", "benchmarks.gpu", "--sections", name, "--out", str(out)]
-        done = subprocess.run([*command, "--steps", str(config.steps)], check=False)
+        command += ["--steps", str(config.steps), "--device", config.device, "--tiny", str(config.tiny).lower()]
+        done = subprocess.run(command, check=False)
         if done.returncode or not out.is_file():
             return {"error": f"ended with exit code {done.returncode}"}
         return json.loads(out.read_text())["sections"][name]

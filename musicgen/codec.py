@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ TRAINING_BUFFERS = (".inited", ".cluster_size", ".embed_avg")
 WINDOW_FRAMES = 1000
 CONTEXT_FRAMES = 200
 PIECE_WINDOWS = 16
+CHUNK_LEVEL = 0.1
 
 
 @dataclass(frozen=True)
@@ -134,24 +136,29 @@ class Codec:
         sample_rate, channels, hop, frame_rate, num_codebooks, codebook_size: see `CodecConfig`.
     """
 
-    def __init__(self, model: EncodecModel, name: str) -> None:
+    def __init__(self, model: EncodecModel, name: str, kbit_per_second: float | None = None) -> None:
         self.name = name
-        self.identity = _identity(model)
+        self.num_codebooks: int = _codebooks(model, name, kbit_per_second)
+        self.identity = _identity(model, self.num_codebooks)
         self.model = _fold_weight_norm(model.float().eval().requires_grad_(False))
         config = model.config
         self.sample_rate: int = config.sampling_rate
         self.channels: int = config.audio_channels
         self.hop: int = config.hop_length
         self.frame_rate: int = config.frame_rate
-        self.num_codebooks: int = config.num_quantizers
         self.codebook_size: int = config.codebook_size
-        self.encoder = seanet.Encoder(self.model, self.num_codebooks)
+        self.chunk: int = config.chunk_length or 0
+        self.level: float = CHUNK_LEVEL if config.normalize else 1.0
+        self.encoder = self._fast_encoder()
 
     def to(self, device: str | torch.device) -> Codec:
         """Move the network; returns self."""
         self.model.to(device)  # type: ignore[arg-type]
-        self.encoder = seanet.Encoder(self.model, self.num_codebooks)
+        self.encoder = self._fast_encoder()
         return self
+
+    def _fast_encoder(self) -> seanet.Encoder | None:
+        return seanet.Encoder(self.model, self.num_codebooks) if seanet.supports(self.model) else None
 
     @property
     def device(self) -> torch.device:
@@ -166,9 +173,11 @@ class Codec:
             UserError: wrong number of channels, no samples, or samples that are not finite.
         """
         wave = self._checked(audio).to(self.device, torch.float32)
-        if wave.shape[-1] < seanet.SHORT_FRAMES * self.hop:
-            return self.encoder.quantise(self.model.encoder(wave))
-        return self.encoder.quantise(self.encoder.latents(wave))
+        if self.encoder is not None and wave.shape[-1] >= seanet.SHORT_FRAMES * self.hop:
+            return self.encoder.quantise(self.encoder.latents(wave))
+        pieces = (wave / self.level).split(self.chunk or wave.shape[-1], dim=-1)
+        codes = [self.model.quantizer.encode(self.model.encoder(piece), None) for piece in pieces]
+        return torch.cat(codes, dim=-1)[: self.num_codebooks].transpose(0, 1)
 
     def _checked(self, audio: Tensor) -> Tensor:
         """`audio` itself when it is `[B, C, N ≥ 1]` and finite."""
@@ -184,7 +193,11 @@ class Codec:
     def decode(self, codes: Tensor) -> Tensor:
         """Codes `[B, K, T]` to audio `[B, C, hop * T]` float32; see `check_codes` for what it refuses."""
         self.check_codes(codes)
-        return self.model.decoder(self.embed(codes))
+        latents = self.embed(codes)
+        if not self.chunk:
+            return self.model.decoder(latents)
+        pieces = latents.split(self.chunk // self.hop, dim=-1)
+        return torch.cat([self.model.decoder(piece) for piece in pieces], dim=-1) * self.level
 
     def check_codes(self, codes: Tensor) -> None:
         """Refuse codes `[B, K, T]` that are not of this codec.
@@ -225,7 +238,7 @@ class Codec:
             raise UserError(f"a window keeps ≥ 1 frames after ≥ 0 of context; got {window_frames} and {context_frames}")
         wave = self._checked(torch.from_numpy(np.ascontiguousarray(audio, dtype=np.float32))[None])
         total = -(-wave.shape[-1] // self.hop)
-        if total < seanet.SHORT_FRAMES:
+        if self.encoder is None or total < seanet.SHORT_FRAMES:
             return self.encode(wave)[0].to(torch.int16).cpu().numpy()
         margin, parts, start = self.encoder.margin_frames, [], 0
         while start < total:
@@ -244,12 +257,30 @@ class Codec:
 def load(source: str | Path = "demo", *, device: str | torch.device = "cpu") -> Codec:
     """A codec by name: `demo` (embedded), a folder, or a hub name such as `facebook/encodec_32khz`.
 
+    `encodec:24khz` and `encodec:48khz` are the models of the `encodec` package, where it is installed. `@6` behind a
+    name takes the codebooks of 6 kbit/s from a codec that has several rates.
+
+    The 48 kHz model scales every second of audio to unit level and keeps the scale beside the codes. Tokens have no
+    place for it, so its audio is divided by 0.1 throughout instead, and encoded second by second without overlap.
+
     Raises:
         UserError: nothing there, or not an EnCodec; says what was tried and what to do.
     """
+    name = str(source)
+    rated = None if Path(name).is_dir() else re.fullmatch(r"(.+)@([\d.]+)", name)
+    place, kbit = (rated[1], float(rated[2])) if rated else (name, None)
+    return Codec(load_network(place), name, kbit).to(device)
+
+
+def load_network(source: str | Path) -> EncodecModel:
+    """The network of a codec's name as `transformers` runs it, float32, on the CPU; raises as `load`."""
     from transformers import EncodecModel
 
     name = str(source)
+    if name.startswith("encodec:"):
+        from musicgen import encodec_package
+
+        return encodec_package.load(name.removeprefix("encodec:"))
     folder = DEMO_FOLDER if name == "demo" else Path(name)
     if name == "demo" and not (folder / "model.safetensors").is_file():
         raise UserError("the embedded demo codec is not in musicgen/assets/codec; rebuild it with `make assets`")
@@ -265,13 +296,12 @@ def load(source: str | Path = "demo", *, device: str | torch.device = "cpu") -> 
         raise UserError(f"CODEC {name!r} is neither 'demo', nor a folder here, nor a hub name (owner/model)")
     with _quiet_transformers():
         try:
-            model = EncodecModel.from_pretrained(target, dtype=torch.float32, use_safetensors=True)
+            return EncodecModel.from_pretrained(target, dtype=torch.float32, use_safetensors=True).eval()
         except OSError as error:
             raise UserError(
                 f"CODEC {name!r} is not here and could not be had from the hub ({type(error).__name__}). "
                 "Copy the model's folder to this machine and give its path, or use CODEC=demo"
             ) from error
-    return Codec(model, name).to(device)
 
 
 def tiny(seed: int = 0) -> Codec:
@@ -300,7 +330,18 @@ def describe(codec: Codec) -> dict[str, object]:
     }
 
 
-def _identity(model: EncodecModel) -> str:
+def _codebooks(model: EncodecModel, name: str, kbit_per_second: float | None) -> int:
+    """Codebooks in use: all, or those of one of the network's bandwidths."""
+    config = model.config
+    if kbit_per_second is None:
+        return config.num_quantizers
+    if kbit_per_second not in config.target_bandwidths:
+        allowed = ", ".join(f"{rate:g}" for rate in config.target_bandwidths)
+        raise UserError(f"CODEC {name!r}: {kbit_per_second:g} kbit/s is none of the codec's rates; it has {allowed}")
+    return model.quantizer.get_num_quantizers_for_bandwidth(kbit_per_second)
+
+
+def _identity(model: EncodecModel, num_codebooks: int) -> str:
     """sha256 over settings and float32 tensors, by name, without the training buffers."""
     config = model.config
     shape = CodecConfig(
@@ -310,7 +351,7 @@ def _identity(model: EncodecModel) -> str:
         hidden_size=config.hidden_size,
         ratios=tuple(config.upsampling_ratios),
         num_lstm_layers=config.num_lstm_layers,
-        num_codebooks=config.num_quantizers,
+        num_codebooks=num_codebooks,
         codebook_size=config.codebook_size,
     )
     rest = {

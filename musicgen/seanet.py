@@ -11,6 +11,7 @@ On a GPU the same code runs with channels first and without blocks. Network: Dé
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import EncodecModel
 
 SHORT_FRAMES = 16
-BLOCK_ELEMENTS = 1 << 19
+BLOCK_ELEMENTS = 1 << 20
 SEGMENT_FRAMES = {"cpu": 1000, "cuda": 16_000}
 ROWS = 512
 
@@ -74,9 +75,10 @@ class Stage:
 
 
 def supports(model: EncodecModel) -> bool:
-    """Whether this file can run the encoder: weight norm and reflection padding (the 24 and 32 kHz models)."""
+    """Whether this file can run the encoder: weight norm, a whole signal, known padding (the 24 and 32 kHz models)."""
     config = model.config
-    return config.norm_type == "weight_norm" and config.pad_mode == "reflect" and not config.normalize
+    whole = not config.normalize and config.chunk_length_s is None
+    return whole and config.norm_type == "weight_norm" and config.pad_mode in ("reflect", "constant")
 
 
 class Encoder:
@@ -84,6 +86,7 @@ class Encoder:
 
     def __init__(self, model: EncodecModel, num_codebooks: int) -> None:
         self.hop: int = model.config.hop_length
+        self.reflect = model.config.pad_mode == "reflect"
         layers: list[Any] = list(model.encoder.layers)
         weight = layers[0].conv.weight
         self.on_cpu = weight.device.type == "cpu"
@@ -127,23 +130,28 @@ class Encoder:
 
     def latents(self, audio: Tensor) -> Tensor:
         """Audio `[B, C, N]` float32 to latents `[B, H, ceil(N / hop)]`, each item as if it were alone."""
-        features = self.features(audio)
-        return self.tail(features + self.lstm(features)[0])
+        with _exact(audio.device):
+            features = self.features(audio)
+            return self.tail(features + self.lstm(features)[0])
 
     def latents_in_windows(self, audio: Tensor, window: int, context: int) -> Tensor:
-        """Audio `[1, C, N]` to latents `[1, H, T]`; the LSTM sees `window` frames and `context` frames before them.
+        """Audio `[1, C, N]` to latents `[1, H, T]`; the LSTM sees at most `window` frames and `context` before them.
 
         Convolutions are those of the whole piece. The windows overlap by `context` frames, start from an empty memory
         and pass the LSTM side by side; the first one keeps its context, having nothing before it.
         """
-        features = self.features(audio)
-        total, width = features.shape[0], features.shape[2]
-        count = max(1, math.ceil((total - context) / window))
-        padded = F.pad(features[:, 0], (0, 0, 0, context + count * window - total))
-        windows = padded.as_strided((context + window, count, width), (width, window * width, 1))
-        memory = self.lstm(windows.contiguous())[0]
-        recalled = torch.cat([memory[:context, :1], memory[context:].transpose(0, 1).reshape(-1, 1, width)])
-        return self.tail(features + recalled[:total])
+        with _exact(audio.device):
+            features = self.features(audio)
+            total, width = features.shape[0], features.shape[2]
+            count = math.ceil((total - context) / window)
+            if count < 2:
+                return self.tail(features + self.lstm(features)[0])
+            window = math.ceil((total - context) / count)  # equal windows leave least to fill up
+            padded = F.pad(features[:, 0], (0, 0, 0, context + count * window - total))
+            windows = padded.as_strided((context + window, count, width), (width, window * width, 1))
+            memory = self.lstm(windows.contiguous())[0]
+            recalled = torch.cat([memory[:context, :1], memory[context:].transpose(0, 1).reshape(-1, 1, width)])
+            return self.tail(features + recalled[:total])
 
     def features(self, audio: Tensor) -> Tensor:
         """Audio `[B, C, N]` through the convolutions before the LSTM: `[T, B, H]`; long audio in segments."""
@@ -197,7 +205,7 @@ class Encoder:
         return self._apply(stage.down, x, activate=True)
 
     def _apply(self, conv: Conv, x: Tensor, *, activate: bool = False) -> Tensor:
-        """ELU (where asked for), reflection padding, convolution."""
+        """ELU (where asked for), padding, convolution."""
         length = x.shape[-1]
         left, right = conv.left, conv.right + math.ceil(length / conv.stride) * conv.stride - length
         if left + right or activate:
@@ -209,9 +217,10 @@ class Encoder:
             else:
                 inner.copy_(x)
             if left:
-                padded[..., :left] = inner[..., 1 : left + 1].flip(-1)
+                padded[..., :left] = inner[..., 1 : left + 1].flip(-1) if self.reflect else 0.0
             if right:
-                padded[..., left + length :] = inner[..., length - 1 - right : length - 1].flip(-1)
+                end = inner[..., length - 1 - right : length - 1].flip(-1) if self.reflect else 0.0
+                padded[..., left + length :] = end
             x = padded
         return F.conv2d(x, conv.weight, conv.bias, stride=(1, conv.stride), dilation=(1, conv.dilation))
 
@@ -237,6 +246,13 @@ class Encoder:
                 codes[level, start : start + size] = nearest
                 left = left - book[nearest]
         return codes.reshape(len(self.books), batch, frames).transpose(0, 1)
+
+
+def _exact(device: torch.device) -> AbstractContextManager[Any]:
+    """On a GPU: no rounding to TF32 and the same algorithms every time, or codes would follow neither CPU nor run."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 def _argmax(scores: Tensor) -> Tensor:

@@ -142,18 +142,27 @@ class Page:
     footer: str
 
 
-def _clip(clip: ClipView, ticks: Sequence[tuple[str, float]]) -> str:
-    name, about = KIND_NAMES[clip.kind]
+def figure(
+    tone: str, name: str, about: str, picture: str, sound: str, facts: str, ticks: Sequence[tuple[str, float]]
+) -> str:
+    """One clip: `tone` is its class of colour, `facts` is markup, the other texts are escaped here."""
     marks = "".join(f'<span style="bottom:{100 * height:.1f}%">{escape(text)}</span>' for text, height in ticks)
     return (
-        f'<figure class="clip {clip.kind}"><figcaption><b>{escape(name)}</b><small>{escape(about)}</small></figcaption>'
-        f'<div class="picture"><img src="{clip.picture}" alt="spectrogram">{marks}<i></i></div>'
-        f'<audio controls preload="metadata" src="{clip.sound}" aria-label="{escape(name)}"></audio>'
-        f'<div class="facts">{escape(clip.facts)} · <a href="{escape(clip.wav)}" download>WAV</a></div></figure>'
+        f'<figure class="clip {tone}"><figcaption><b>{escape(name)}</b><small>{escape(about)}</small></figcaption>'
+        f'<div class="picture"><img src="{picture}" alt="spectrogram">{marks}<i></i></div>'
+        f'<audio controls preload="metadata" src="{sound}" aria-label="{escape(name)}"></audio>'
+        f'<div class="facts">{facts}</div></figure>'
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _clip(clip: ClipView, ticks: Sequence[tuple[str, float]]) -> str:
+    name, about = KIND_NAMES[clip.kind]
+    facts = f'{escape(clip.facts)} · <a href="{escape(clip.wav)}" download>WAV</a>'
+    return figure(clip.kind, name, about, clip.picture, clip.sound, facts, ticks)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain texts."""
     cells = "".join(f"<th>{escape(h)}</th>" for h in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -186,9 +195,9 @@ def render(page: Page) -> str:
 <main>
 <h2 id="listen">Listen</h2>{notes(page.listening_notes)}<p id="state" class="soft">loading the clips</p>{heard}
 <h2 id="curves">Learning</h2>{page.legend}<div class="plots">{plots}</div>
-<h3>Losses in nats</h3>{_table(page.losses_head, page.losses)}{notes(page.losses_notes)}
+<h3>Losses in nats</h3>{table(page.losses_head, page.losses)}{notes(page.losses_notes)}
 <h2 id="data">Data</h2>{page.card}
 <h2 id="terms">Licences and marking</h2><dl>{licences}</dl><p>{escape(page.marking)}</p>
-<h2 id="made">How it was made</h2>{_table(("step", "time", "what happened"), page.steps)}
+<h2 id="made">How it was made</h2>{table(("step", "time", "what happened"), page.steps)}
 </main><footer><div>{escape(page.footer)}</div></footer><script>{SCRIPT}</script></body></html>
 """

@@ -1,4 +1,4 @@
-"""Measures on signals at 32 kHz: log-mel distance, chroma agreement, silence, noise, and Opus to compare a codec with.
+"""Measures on signals at 32 kHz: log-mel distance, SI-SDR, chroma agreement, silence, noise; Opus to compare with.
 
 All are deterministic and fast (hundreds of times real time on one core), take NumPy arrays or tensors, and mix
 several channels down to one. The log-mel transform is the reference codec's (n_fft 1024, hop 256, 64 HTK mels from
@@ -92,6 +92,22 @@ def chroma_agreement(reference: Audio, estimate: Audio) -> float:
     return float((a[:n] == b[:n])[sounding].mean()) if sounding.any() else float("nan")
 
 
+def si_sdr(reference: Audio, estimate: Audio) -> float:
+    """Scale-invariant signal-to-distortion ratio in dB (higher is better), means removed; inputs as above.
+
+    Le Roux et al. 2019: the estimate is held against the multiple of the reference that fits it best. `inf` for a
+    multiple of the reference, NaN when the reference is silent throughout, `-inf` when only the estimate is.
+    """
+    x, y = (signal.double() - signal.double().mean() for signal in _same_length(reference, estimate))
+    if float(x.square().mean()) < 1e-12:
+        return float("nan")
+    wanted = (x @ y) / (x @ x) * x
+    kept, lost = float(wanted.square().sum()), float((y - wanted).square().sum())
+    if kept == 0.0:
+        return -math.inf
+    return 10.0 * math.log10(kept / lost) if lost > 0.0 else math.inf
+
+
 def silence_share(audio: Audio, threshold_db: float = -60.0, frame_seconds: float = 0.05) -> float:
     """Share of 50 ms frames whose RMS level is below -60 dB full scale, 0..1; 1 for no audio."""
     signal = mono(audio)
@@ -123,17 +139,23 @@ def spectral_flatness(audio: Audio) -> float:
 
 
 def opus(audio: Audio, bitrate: int = 6000) -> np.ndarray:
+    """Audio [N] at 32 kHz through libopus and back, [N]: the sound of `opus_and_rate`."""
+    return opus_and_rate(audio, bitrate)[0]
+
+
+def opus_and_rate(audio: Audio, bitrate: int) -> tuple[np.ndarray, float]:
     """Audio [N] at 32 kHz through libopus (mono, variable rate about `bitrate` bit/s) and back, delay-aligned, [N].
 
-    Resampled to 48 kHz and back, as Opus needs. The container's pre-skip removes the nominal delay; what is left
-    (up to 10 ms, it depends on the mode the encoder chose) is found by cross-correlation and removed.
+    Also the bits per second of its packets, the container left out. The sound is resampled to 48 kHz and back, as Opus
+    needs. The container's pre-skip removes the nominal delay; what is left (up to 10 ms, it depends on the mode the
+    encoder chose) is found by cross-correlation and removed.
     """
     import av
     import soxr
 
     signal = mono(audio).numpy()
     at_48k = soxr.resample(signal, SAMPLE_RATE_HZ, 48000, "HQ").astype(np.float32)
-    buffer = io.BytesIO()
+    buffer, size = io.BytesIO(), 0
     with av.open(buffer, "w", format="ogg") as container:
         stream = container.add_stream("libopus", rate=48000, layout="mono", options={"application": "audio"})
         stream.bit_rate = bitrate
@@ -141,12 +163,13 @@ def opus(audio: Audio, bitrate: int = 6000) -> np.ndarray:
         frame = av.AudioFrame.from_ndarray(pcm, format="flt", layout="mono")
         frame.sample_rate = 48000
         for packet in (*stream.encode(frame), *stream.encode(None)):
+            size += packet.size
             container.mux(packet)
     buffer.seek(0)
     with av.open(buffer, "r") as source:
         parts = [f.to_ndarray().reshape(1, -1)[0] for f in source.decode(audio=0)]
     decoded = soxr.resample(np.concatenate(parts).astype(np.float32), 48000, SAMPLE_RATE_HZ, "HQ").astype(np.float32)
-    return _align(signal, decoded)
+    return _align(signal, decoded), 8 * size * SAMPLE_RATE_HZ / len(signal)
 
 
 def _align(reference: np.ndarray, delayed: np.ndarray, reach: int = 320) -> np.ndarray:

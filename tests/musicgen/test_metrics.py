@@ -61,6 +61,18 @@ def test_chroma_agreement() -> None:
     assert math.isnan(measures.chroma_agreement(0 * x, x))
 
 
+def test_si_sdr() -> None:
+    x = _chords()
+    noise = np.random.default_rng(3).normal(size=len(x)).astype(np.float32)
+    noise *= 0.1 * np.sqrt(np.mean(x**2) / np.mean(noise**2))
+    assert measures.si_sdr(x, x + noise) == pytest.approx(20.0, abs=0.1), "a tenth of the amplitude is 20 dB"
+    assert measures.si_sdr(x, 0.3 * (x + noise)) == pytest.approx(measures.si_sdr(x, x + noise), abs=1e-3), "no scale"
+    assert measures.si_sdr(x, x + noise + 0.2) == pytest.approx(20.0, abs=0.1), "no offset"
+    assert measures.si_sdr(x, 2 * x) > 100
+    assert measures.si_sdr(x, 0 * x) == -math.inf
+    assert math.isnan(measures.si_sdr(0 * x, x))
+
+
 def test_silence_and_noise() -> None:
     x = _chords()
     noise = np.random.default_rng(0).normal(0, 0.1, RATE * 3).astype(np.float32)
@@ -80,6 +92,8 @@ def test_opus_is_aligned_and_worse_at_fewer_bits() -> None:
     middle = slice(RATE, 5 * RATE)
     best = max(lags, key=lambda lag: float(np.dot(np.roll(coded[6000], lag)[middle], x[middle])))
     assert abs(best) <= 1
+    spent = {bitrate: measures.opus_and_rate(x, bitrate)[1] for bitrate in (6000, 64000)}
+    assert spent[6000] == pytest.approx(6000, rel=0.3) and spent[64000] == pytest.approx(64000, rel=0.3)
     distance = {b: measures.log_mel_distance(x, y) for b, y in coded.items()}
     assert distance[64000] < 0.5 * distance[6000]
     assert measures.chroma_agreement(x, coded[64000]) > 0.95

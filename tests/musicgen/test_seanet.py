@@ -53,7 +53,7 @@ def test_it_is_the_network_of_transformers(name: str, monkeypatch: pytest.Monkey
         expected_codes = model.quantizer.encode(expected, None).transpose(0, 1)
     codec = codecs.Codec(model, name)
     with torch.no_grad():
-        for block, segment in ((1 << 19, 1000), (4_000, 60)):
+        for block, segment in ((1 << 20, 1000), (4_000, 60)):
             monkeypatch.setattr(seanet, "BLOCK_ELEMENTS", block)
             monkeypatch.setattr(seanet, "SEGMENT_FRAMES", {"cpu": segment})
             latents = codec.encoder.latents(audio)

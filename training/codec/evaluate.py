@@ -1,23 +1,34 @@
 """How good is a codec: `make codec-eval` measures it on held-out tracks beside Opus at 6 and 12 kbit/s.
 
-Log-mel distance (mean L1 of log10 mel, 64 mels, n_fft 1024, hop 256, floor 1e-5, 32 kHz mono) and chroma agreement
-(share of 4096-sample frames with the same dominant pitch class, silence left out) on the validation split; the share of
-each codebook's entries that occurs over the whole catalogue. Prints a table and writes JSON.
+Per system, over the validation split, mixed to mono at 32 kHz: log-mel distance (mean L1 of log10 mel, 64 mels, n_fft
+1024, hop 256, floor 1e-5), multi-scale mel distance (the reference's own, windows of 64 to 1024 samples), SI-SDR,
+chroma agreement (share of 4096-sample frames with the same dominant pitch class, silence left out), bits per second. Of
+the codec also how much of each codebook occurs over the whole catalogue, and how evenly. Prints a table, writes JSON
+and a page with spectrograms and sound side by side.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from musicgen import codec as codecs
 from musicgen import settings
-from musicgen.metrics.audio import chroma_agreement, log_mel_distance, opus
+from musicgen.errors import UserError
+from musicgen.metrics.audio import SAMPLE_RATE_HZ, chroma_agreement, log_mel_distance, opus_and_rate, si_sdr
+from musicgen.stream_decoder import decode_long
 from pipelines.assemble import SplitConfig
-from training.codec import data
+from pipelines.store import Place
+from training.codec import data, losses
+
+MEASURES = ("log_mel", "mel_scales", "si_sdr", "chroma", "bits_per_second")
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,9 @@ class CodecEvalConfig:
         opus: bit rates of Opus to compare with, bit/s.
         max_seconds: seconds of each track that are measured.
         out: JSON file; empty for none.
+        page: HTML file; empty for none.
+        clips: held-out tracks to see and hear on the page.
+        clip_seconds: length of what is seen and heard of each.
         splits: shares of the split groups, as in ingest.
     """
 
@@ -40,38 +54,69 @@ class CodecEvalConfig:
     opus: tuple[int, ...] = (6000, 12000)
     max_seconds: float = 60.0
     out: str = ""
+    page: str = ""
+    clips: int = 4
+    clip_seconds: float = 8.0
     splits: SplitConfig = field(default_factory=lambda: SplitConfig(0.85, 0.15, 0.0))
 
+    def __post_init__(self) -> None:
+        if self.max_seconds <= 0 or self.clips < 0 or self.clip_seconds <= 0:
+            raise ValueError("max_seconds and clip_seconds must be positive and clips not negative")
+        if low := [rate for rate in self.opus if not 6000 <= rate <= 510_000]:
+            raise ValueError(f"opus takes 6000 to 510000 bit/s; got {low}")
 
-def measure(codec: codecs.Codec, valid: data.Pcm, opus_rates: tuple[int, ...], max_seconds: float) -> dict[str, dict]:
-    """Per system (codec and each Opus rate): mean `log_mel`, mean `chroma`, over the tracks of `valid`."""
+
+def nominal_bits_per_second(codec: codecs.Codec) -> float:
+    """Bits per second of the codes as they are stored: codebooks times frame rate times bits of an entry."""
+    return codec.num_codebooks * codec.frame_rate * math.log2(codec.codebook_size)
+
+
+def measure(
+    codec: codecs.Codec, valid: data.Pcm, opus_rates: Sequence[int], max_seconds: float
+) -> dict[str, dict[str, float]]:
+    """Per system (codec and each Opus rate): means of `MEASURES` over the tracks of `valid`, and how many `tracks`."""
     from rich.progress import track
 
-    systems = [codec.name, *(f"opus {rate // 1000} kbit/s" for rate in opus_rates)]
-    log_mel: dict[str, list[float]] = {name: [] for name in systems}
-    chroma: dict[str, list[float]] = {name: [] for name in systems}
+    found: dict[str, list[dict[str, float]]] = {}
     for number in track(range(len(valid.track_ids)), description="held-out tracks"):
         original = valid.track(number)[:, : int(max_seconds * codec.sample_rate)]
-        mono = original.mean(0)
-        decoded = _decode(codec, codec.encode_track(original)).mean(0)[: len(mono)]
-        versions = [decoded, *(opus(mono, rate) for rate in opus_rates)]
-        for name, version in zip(systems, versions, strict=True):
-            log_mel[name].append(log_mel_distance(mono, version))
-            chroma[name].append(chroma_agreement(mono, version))
+        versions = coded_versions(codec, original, opus_rates)
+        mono = versions.pop("original")[0]
+        for name, (version, rate) in versions.items():
+            found.setdefault(name, []).append(compare(mono, version) | {"bits_per_second": rate})
+    if not found:
+        raise UserError("the split 'valid' has no tracks to measure; give DATA with more artists")
     return {
-        name: {"log_mel": float(np.mean(log_mel[name])), "chroma": float(np.nanmean(chroma[name]))}
-        | {"tracks": len(log_mel[name])}
-        for name in systems
+        name: {key: _mean([row[key] for row in rows]) for key in MEASURES} | {"tracks": len(rows)}
+        for name, rows in found.items()
     }
 
 
-def _decode(codec: codecs.Codec, codes: np.ndarray) -> np.ndarray:
-    import torch
+def coded_versions(
+    codec: codecs.Codec, original: np.ndarray, opus_rates: Sequence[int]
+) -> dict[str, tuple[np.ndarray, float]]:
+    """`original [C, N]` at the codec's rate, what the codec and Opus make of it: mono `[N']` at 32 kHz, bits/s."""
+    codes = torch.from_numpy(codec.encode_track(original).astype(np.int64))[None]
+    sound = codec.decode(codes) if codec.chunk else decode_long(codec, codes)
+    decoded = sound[0, :, : original.shape[1]].cpu().numpy()
+    mono = _at_32k(original.mean(0), codec.sample_rate)
+    versions = {"original": (mono, 16.0 * SAMPLE_RATE_HZ)}
+    versions[codec.name] = (_at_32k(decoded.mean(0), codec.sample_rate), nominal_bits_per_second(codec))
+    return versions | {f"opus {rate // 1000} kbit/s": opus_and_rate(mono, rate) for rate in opus_rates}
 
-    return codec.decode(torch.from_numpy(codes.astype(np.int64))[None])[0].numpy()
+
+def compare(original: np.ndarray, version: np.ndarray) -> dict[str, float]:
+    """The measures of `version [N]` against `original [N]`, both at 32 kHz."""
+    x, y = (torch.from_numpy(np.ascontiguousarray(s))[None] for s in (original, version))
+    return {
+        "log_mel": log_mel_distance(original, version),
+        "mel_scales": float(losses.msspec_loss(x, y, SAMPLE_RATE_HZ)),
+        "si_sdr": si_sdr(original, version),
+        "chroma": chroma_agreement(original, version),
+    }
 
 
-def codebook_use(codec: codecs.Codec, splits: list[data.Pcm]) -> tuple[list[float], list[float]]:
+def codebook_use(codec: codecs.Codec, splits: Sequence[data.Pcm]) -> tuple[list[float], list[float]]:
     """Share of entries in use and perplexity, per codebook, over all tracks."""
     from rich.progress import track
 
@@ -83,10 +128,50 @@ def codebook_use(codec: codecs.Codec, splits: list[data.Pcm]) -> tuple[list[floa
                 counts[level] += np.bincount(codes[level], minlength=codec.codebook_size)
     share = counts / counts.sum(1, keepdims=True)
     entropy = -(share * np.log(np.clip(share, 1e-12, None))).sum(1)
-    return list((counts > 0).mean(1)), list(np.exp(entropy))
+    return [float(u) for u in (counts > 0).mean(1)], [float(p) for p in np.exp(entropy)]
 
 
-def main(argv: list[str]) -> int:
+def _mean(values: list[float]) -> float:
+    """Mean of the finite values: a silent track has no pitch and no SI-SDR."""
+    finite = [v for v in values if math.isfinite(v)]
+    return float(np.mean(finite)) if finite else float("nan")
+
+
+def _at_32k(signal: np.ndarray, sample_rate_hz: int) -> np.ndarray:
+    import soxr
+
+    if sample_rate_hz == SAMPLE_RATE_HZ:
+        return signal
+    return soxr.resample(signal, sample_rate_hz, SAMPLE_RATE_HZ, "HQ").astype(np.float32)
+
+
+def _cache(config: CodecEvalConfig, codec: codecs.Codec) -> Path:
+    """The cache's folder of this catalogue as it is now, at the codec's rate and channels."""
+    source = Place.at(config.data)
+    content = b"" if (Path(config.data) / "train.json").is_file() else source.read()
+    what = json.dumps([config.data, codec.sample_rate, codec.channels, settings.to_dict(config.splits)])
+    return Path(config.cache) / hashlib.sha256(what.encode() + content).hexdigest()[:12]
+
+
+def rows(codec: codecs.Codec, result: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table, in words."""
+    head = ["system", "kbit/s", "log-mel distance", "× Opus 6k", "multi-scale mel", "SI-SDR, dB", "chroma agreement"]
+    base = result.get("opus 6 kbit/s", {}).get("log_mel", float("nan"))
+    return head, [
+        [
+            name,
+            f"{row['bits_per_second'] / 1000:.2f}",
+            f"{row['log_mel']:.4f}",
+            f"{row['log_mel'] / base:.2f}" if math.isfinite(base) else "",
+            f"{row['mel_scales']:.4f}",
+            f"{row['si_sdr']:.1f}",
+            f"{row['chroma']:.3f}",
+        ]
+        for name, row in result.items()
+    ]
+
+
+def main(argv: Sequence[str]) -> int:
     """Measure and print; 0."""
     from rich.console import Console
     from rich.table import Table
@@ -94,27 +179,42 @@ def main(argv: list[str]) -> int:
     config = settings.parse(CodecEvalConfig, argv, prog="python -m training.codec.evaluate")
     codec = codecs.load(config.codec)
     shape = codecs.CodecConfig(sample_rate_hz=codec.sample_rate, channels=codec.channels)
-    cache = data.prepare(config.data, Path(config.cache), shape, config.splits)
+    cache = data.prepare(config.data, _cache(config, codec), shape, config.splits)
     train, valid = data.open_cache(cache, "train"), data.open_cache(cache, "valid")
     result = measure(codec, valid, config.opus, config.max_seconds)
     used, perplexity = codebook_use(codec, [train, valid])
+    hours = sum(pcm.samples.shape[1] for pcm in (train, valid)) / codec.sample_rate / 3600
 
+    head, lines = rows(codec, result)
     table = Table(title=f"codec {codec.name} ({codec.identity[:12]}), {len(valid.track_ids)} held-out tracks")
-    for column in ("system", "kbit/s", "log-mel distance", "× Opus 6k", "chroma agreement"):
+    for column in head:
         table.add_column(column, justify="left" if column == "system" else "right")
-    bits = codec.num_codebooks * codec.frame_rate * (codec.codebook_size.bit_length() - 1) / 1000
-    base = next((r["log_mel"] for name, r in result.items() if name.startswith("opus")), float("nan"))
-    for name, row in result.items():
-        rate = f"{bits:.1f}" if name == codec.name else name.split()[1]
-        table.add_row(name, rate, f"{row['log_mel']:.4f}", f"{row['log_mel'] / base:.2f}", f"{row['chroma']:.3f}")
+    for line in lines:
+        table.add_row(*line)
     console = Console()
     console.print(table)
-    hours = train.hours + valid.hours
     for level, (share, ppl) in enumerate(zip(used, perplexity, strict=True), 1):
         console.print(f"codebook {level}: {share:.1%} of the entries in use over {hours:.2f} h, perplexity {ppl:.0f}")
+    entropy = codec.frame_rate * sum(math.log2(ppl) for ppl in perplexity)
+    console.print(
+        f"bits per second: {nominal_bits_per_second(codec):.0f} as stored, {entropy:.0f} by how common codes are"
+    )
+    report = {
+        "codec": codecs.describe(codec),
+        "systems": result,
+        "used": used,
+        "perplexity": perplexity,
+        "entropy_bits_per_second": entropy,
+        "hours": hours,
+    }
     if config.out:
-        report = {"codec": codecs.describe(codec), "systems": result, "used": used, "perplexity": perplexity}
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         Path(config.out).write_text(json.dumps(report, indent=2) + "\n")
+    if config.page:
+        from training.codec import page
+
+        target = page.build(config, codec, valid, report, Path(config.page))
+        console.print(f"open {target.resolve().as_uri()}")
     return 0
 
 

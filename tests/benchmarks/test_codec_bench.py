@@ -1,0 +1,84 @@
+"""The codec's benchmarks measure what they say: equal networks, known FLOP, agreement that follows the context."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import codec as bench
+from benchmarks import gpu
+from musicgen import codec as codecs
+from musicgen.errors import UserError
+from tests.training import small_music
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalogue of over a minute of music, and a codec."""
+    root = tmp_path_factory.mktemp("bench")
+    small_music.make_catalog(root / "music", 6, 11.0)
+    small_music.make_codec(root / "codec")
+    return root
+
+
+def test_multiplications_are_those_of_the_shapes() -> None:
+    """The paper's network: 3.94 G per second of audio, counted layer by layer in the rates of its strides."""
+    with torch.device("meta"):
+        macs = bench.mac_per_second(codecs.build(codecs.CodecConfig()))
+    first, last, quantiser = 64 * 7 * 32_000, 1024 * 128 * 7 * 50, 4 * 2048 * 128 * 50
+    stages = sum(6 * c * c * rate for c, rate in ((64, 32_000), (128, 8_000), (256, 2_000)))
+    stages += (2 * 512 * 512 + 512 * 1024 * 16 // 8) * 400
+    assert macs == first + stages + 2 * 8 * 1024 * 1024 * 50 + last + quantiser
+    assert macs == pytest.approx(3.94e9, rel=0.01)
+
+
+def test_the_command_prints_both_tables(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = place / "bench.json"
+    argv = ["--codecs", f"[{place / 'codec'}]", "--catalog", str(place / "music" / "catalog.jsonl"), "--seconds", "3"]
+    argv += ["--pairs", "2", "--threads", "[1]", "--track_seconds", "62", "--contexts", "[0]", "--json", str(out)]
+    assert bench.main(argv) == 0
+    result = json.loads(out.read_text())
+    (row,) = result["speed"]
+    assert row["equal_codes"] > 0.995 and row["ours"] > 0 and row["eager"] > 0
+    assert row["floor"] > row["ours"], "nothing is faster than its multiplications at full speed"
+    (found,) = result["agreement"].values()
+    shares = {label: share for label, share in found.items() if label.startswith("windows")}
+    default = next(share for label, share in shares.items() if "default" in label)
+    assert default > 0.99 and default > next(share for label, share in shares.items() if "after 0 of" in label)
+    assert found["30-s crops in one batch, with one by one"] > 0.995
+    shown = capsys.readouterr().out
+    assert "ratio" in shown and "30-s crops" in shown
+
+
+def test_too_little_audio_is_said(place: Path) -> None:
+    with pytest.raises(UserError, match="less than 900 seconds"):
+        bench.sound(str(place / "music" / "catalog.jsonl"), 900.0, 32_000)
+
+
+def test_gpu_sections_run_small_and_keep_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "gpu.json"
+    out.write_text(json.dumps({"another": {"figure": 7}}))
+    argv = ["--device", "cpu", "--tiny", "true", "--batches", "[2,3]", "--repeats", "1", "--out", str(out)]
+    assert gpu.main(argv) == 0
+    result = json.loads(out.read_text())
+    assert result["another"] == {"figure": 7}
+    assert set(result["codec"]["batches"]) == {"2", "3"} and result["codec"]["times_real_time"] > 0
+    assert result["codec"]["equal_to_cpu"] > 0.995
+
+    def broken(config: gpu.BenchConfig, device: torch.device) -> dict[str, float]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(gpu.SECTIONS, "broken", broken)
+    assert gpu.main([*argv, "--sections", "[broken]"]) == 1
+    result = json.loads(out.read_text())
+    assert "out of memory" in result["broken"]["error"] and result["codec"]["times_real_time"] > 0
+
+
+def test_without_cuda_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA device"):
+        gpu.main(["--out", str(tmp_path / "gpu.json")])
+    assert not (tmp_path / "gpu.json").exists()
