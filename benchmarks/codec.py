@@ -11,7 +11,6 @@ weights, whose codebooks are set to the spread of its latents. Keep the machine 
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import statistics
@@ -90,13 +89,20 @@ def network(name: str, audio: torch.Tensor) -> tuple[Any, codecs.Codec]:
     """The eager `transformers` model and our codec, of equal weights."""
     if name not in codecs.CODEC_SIZES or name == "demo":
         return codecs.load_network(name), codecs.load(name)
+    model, ours = random_network(codecs.CODEC_SIZES[name], audio), codecs.build(codecs.CODEC_SIZES[name])
+    ours.load_state_dict(model.state_dict())
+    return model, codecs.Codec(ours, name)
+
+
+@torch.no_grad()
+def random_network(size: codecs.CodecConfig, audio: torch.Tensor) -> Any:
+    """A network of this size with random weights, and codebooks as wide as its latents of `audio [1, C, N]`."""
     torch.manual_seed(0)
-    model: Any = codecs.build(codecs.CODEC_SIZES[name]).eval()
-    with torch.no_grad():
-        spread = float(model.encoder(audio[..., :64_000]).std())
-        for layer in model.quantizer.layers:
-            layer.codebook.embed.normal_(std=spread)
-    return model, codecs.Codec(copy.deepcopy(model), name)
+    model: Any = codecs.build(size).eval()
+    spread = float(model.encoder(audio[..., : 2 * size.sample_rate_hz]).std())
+    for layer in model.quantizer.layers:
+        layer.codebook.embed.normal_(std=spread)
+    return model
 
 
 def sound(catalog: str, seconds: float, sample_rate_hz: int) -> torch.Tensor:

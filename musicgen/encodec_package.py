@@ -75,7 +75,7 @@ def convert(theirs: Any) -> EncodecModel:
     norm = "time_group_norm" if theirs.normalize else "weight_norm"
     model = EncodecModel(
         EncodecConfig(
-            target_bandwidths=list(theirs.target_bandwidths),
+            target_bandwidths=[float(rate) for rate in theirs.target_bandwidths],
             sampling_rate=theirs.sample_rate,
             audio_channels=theirs.channels,
             normalize=theirs.normalize,

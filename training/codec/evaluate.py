@@ -188,7 +188,7 @@ def main(argv: Sequence[str]) -> int:
     head, lines = rows(codec, result)
     table = Table(title=f"codec {codec.name} ({codec.identity[:12]}), {len(valid.track_ids)} held-out tracks")
     for column in head:
-        table.add_column(column, justify="left" if column == "system" else "right")
+        table.add_column(column, justify="left" if column == "system" else "right", no_wrap=column == "system")
     for line in lines:
         table.add_row(*line)
     console = Console()
