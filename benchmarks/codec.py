@@ -56,7 +56,7 @@ class BenchConfig:
     pairs: int = 5
     threads: tuple[int, ...] = (1, 2)
     track_seconds: float = 180.0
-    contexts: tuple[int, ...] = (0, 50)
+    contexts: tuple[int, ...] = (0, 100)
     json: str = ""
 
     def __post_init__(self) -> None:

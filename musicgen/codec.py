@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 DEMO_FOLDER = Path(__file__).parent / "assets" / "codec"
 TRAINING_BUFFERS = (".inited", ".cluster_size", ".embed_avg")
-WINDOW_FRAMES = 1000
-CONTEXT_FRAMES = 200
-PIECE_WINDOWS = 16
+WINDOW_FRAMES = 2000
+CONTEXT_FRAMES = 400
+PIECE_WINDOWS = 8
 CHUNK_LEVEL = 0.1
 
 
@@ -228,7 +228,7 @@ class Codec:
         """A whole track `[C, N]` float32 to codes `[K, ceil(N / hop)]` int16, in windows with context thrown away.
 
         The convolutions are computed as for the whole track; the LSTM starts anew for each window of `window_frames`,
-        `context_frames` before it. The windows of one track pass it together, 16 at a time: the codes depend on the
+        `context_frames` before it. The windows of one track pass it together, 8 at a time: the codes depend on the
         track and these two numbers, never on what else is being encoded.
 
         Raises:
