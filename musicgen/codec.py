@@ -263,10 +263,16 @@ def load(source: str | Path = "demo", *, device: str | torch.device = "cpu") -> 
     The 48 kHz model scales every second of audio to unit level and keeps the scale beside the codes. Tokens have no
     place for it, so its audio is divided by 0.1 throughout instead, and encoded second by second without overlap.
 
+    `stereo:` before any mono codec makes two channels of it (`musicgen.stereo`).
+
     Raises:
         UserError: nothing there, or not an EnCodec; says what was tried and what to do.
     """
     name = str(source)
+    if name.startswith("stereo:"):
+        from musicgen.stereo import StereoCodec
+
+        return StereoCodec(load(name.removeprefix("stereo:"), device=device))
     rated = None if Path(name).is_dir() else re.fullmatch(r"(.+)@([\d.]+)", name)
     place, kbit = (rated[1], float(rated[2])) if rated else (name, None)
     return Codec(load_network(place), name, kbit).to(device)

@@ -73,7 +73,7 @@ def load(
     where = _device(device)
     lm, info = weights.load_release(model)
     if codec is None or isinstance(codec, str):
-        name = codec or info["codec"]["name"]
+        name = codec or weights.place_of(model, info, "codec")
         try:
             codec = codecs.load(name)
         except (UserError, OSError) as error:
@@ -82,7 +82,7 @@ def load(
                 f"{error}. Give its folder with --codec"
             ) from error
     weights.check_codec(info, codec)
-    encoder = TextEncoder.load(info["text_encoder"]["name"])
+    encoder = TextEncoder.load(weights.place_of(model, info, "text_encoder"))
     if encoder.identity != info["text_encoder"]["identity"]:
         raise UserError(
             f"MODEL={os.fspath(model)!r} was trained with another text encoder than the {encoder.name!r} on this "

@@ -3,7 +3,7 @@
 An EnCodec decoder is a convolution, an LSTM that runs forward in time, and upsampling convolutions. Cut anywhere, the
 convolutions need a few frames on either side and the LSTM its state: both are kept here, so that the pieces join
 without a seam and a clip of any length takes the memory of one piece. The sound lags `LOOKAHEAD` frames behind the
-codes.
+codes. The channels of a stereo codec pass as a batch of two.
 
 Architecture: Défossez et al. 2022, section 3.1.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from musicgen.codec import Codec
 from musicgen.errors import UserError
+from musicgen.stereo import StereoCodec, split
 
 HEAD = 3  # frames that the first convolution (kernel 7) reaches to either side
 TAIL = 4  # frames that the upsampling convolutions reach, with room (the shipped shapes reach one)
@@ -37,6 +38,7 @@ class StreamDecoder:
         layers = list(codec.model.decoder.layers)
         recurrent = next(i for i, layer in enumerate(layers) if hasattr(layer, "lstm"))
         self.codec, self.head, self.tail = codec, layers[:recurrent], layers[recurrent + 1 :]
+        self.mono = codec.mono if isinstance(codec, StereoCodec) else codec
         self.lstm: Any = layers[recurrent].lstm
         self.state: Any = None
         self.latents: Tensor | None = None  # what the head still needs, and from which frame on
@@ -49,7 +51,8 @@ class StreamDecoder:
         """Codes `[1, K, n]`, n may be 0, to the sound `[1, C, m]` that is certain now; all that is left if `last`."""
         self.codec.check_codes(codes)
         if codes.shape[2]:
-            self.latents = _join(self.latents, self.codec.embed(codes))
+            sides = codes if self.mono is self.codec else torch.cat(split(codes))
+            self.latents = _join(self.latents, self.mono.embed(sides))
             self.known += codes.shape[2]
         if self.latents is None:
             return torch.zeros(1, self.codec.channels, 0)
@@ -72,7 +75,7 @@ class StreamDecoder:
         self.played = certain
         keep = max(0, self.played - TAIL)
         self.hidden, self.first_hidden = self.hidden[..., keep - self.first_hidden :], keep
-        return sound
+        return sound if self.mono is self.codec else sound.transpose(0, 1)
 
 
 def _join(old: Tensor | None, new: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""The release folder: `config.json` + `model.safetensors`, the only form in which a model leaves or enters.
+"""The release folder: `config.json` + `model.safetensors`, the form in which the program writes and reads models.
 
 `save_release` writes a language model with all a stranger needs to use it: its shape, the identity of the codec and
 of the text encoder it was trained with, and what it was trained on. `load_release` reads it back without unpickling
 anything, upcasts to float32 and refuses, in words, what is not whole or not ours. The text encoder and the codec are
-not inside; they are named by identity, and `check_codec` refuses another codec, whose codes would mean other sounds.
+named by identity and inside only where they came with an imported model; `check_codec` refuses another codec, whose
+codes would mean other sounds. Licences that a model inherits are printed when it is loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import uuid
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,12 @@ DEMO = Path(__file__).parent / "assets" / "model"
 
 
 def save_release(
-    folder: str | os.PathLike[str], lm: torch.nn.Module, info: dict[str, Any], dtype: torch.dtype = torch.float32
+    folder: str | os.PathLike[str],
+    lm: torch.nn.Module,
+    info: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    *,
+    folders: Mapping[str, Path] | None = None,
 ) -> Path:
     """Write `lm` (a `MusicLM`) and `info` as a release folder, whole or absent; an older one there is replaced.
 
@@ -36,8 +45,11 @@ def save_release(
         folder: local folder to make.
         lm: the model; `lm.config` is its `LMConfig`. Its state is stored without text encoder and codec.
         info: `codec` and `text_encoder` ({name, identity}), `training` ({step, audio_seconds_seen, data_version,
-            valid_loss, crop_seconds}), `licence`, `made_by`.
+            valid_loss, crop_seconds}), `licence`, `made_by`; `inherited` ([{model, licence}]) where the weights derive
+            from others.
         dtype: float32 or float16, of the stored weights; loading always upcasts to float32.
+        folders: to copy into the release by name: a codec or text encoder that travels with the model, which `info`
+            then names as its `folder`.
     """
     from safetensors.torch import save
 
@@ -68,6 +80,8 @@ def save_release(
     try:
         temporary.mkdir(parents=True)
         (temporary / WEIGHTS).write_bytes(weights)
+        for name, source in (folders or {}).items():
+            shutil.copytree(source, temporary / name)
         (temporary / CONFIG).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if target.exists():  # a folder cannot be renamed onto a full one
             os.rename(target, aside)
@@ -84,8 +98,26 @@ def save_release(
 
 
 def resolve(model: str | os.PathLike[str]) -> str:
-    """The folder or URI behind `MODEL`: `demo` is the model that ships with the program, all else is a place."""
-    return str(DEMO) if os.fspath(model) == "demo" else os.fspath(model)
+    """The folder or URI behind `MODEL`.
+
+    `demo` is the model that ships with the program; a transformers folder, audiocraft's files or a hub name are
+    imported once (`musicgen.interop.sources`); all else is a place.
+
+    Raises:
+        UserError: a hub name that cannot be fetched, or a model that cannot be imported.
+    """
+    from musicgen.interop import sources
+
+    return str(DEMO) if os.fspath(model) == "demo" else sources.as_release(os.fspath(model))
+
+
+def place_of(model: str | os.PathLike[str], info: dict[str, Any], part: str) -> str:
+    """Where the `codec` or `text_encoder` of a release is loaded from: its own copy when it has one, else its name."""
+    named = info[part]
+    place = files.local_path(files.join(resolve(model), named["folder"])) if named.get("folder") else None
+    if place is None or not place.is_dir():
+        return str(named["name"])
+    return f"{'stereo:' if str(named['name']).startswith('stereo:') else ''}{place}"
 
 
 def _missing(model: str, folder: str, name: str) -> UserError:
@@ -125,7 +157,8 @@ def read_info(model: str | os.PathLike[str]) -> dict[str, Any]:
         kind = info.get("model_type") or info.get("format") if isinstance(info, dict) else None
         raise UserError(
             f"MODEL={name!r} is not a release of this program: {CONFIG} says {kind!r} instead of format {FORMAT!r}; "
-            "give 'demo' or the release folder of a run (runs/<name>/release)"
+            "give 'demo', the release folder of a run (runs/<name>/release), or a hub name such as "
+            "facebook/musicgen-small"
         )
     if info.get("schema_version") != config.SCHEMA_VERSION:
         raise UserError(
@@ -175,6 +208,8 @@ def load_release(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
         lm.load_state_dict({key: tensor.float() for key, tensor in state.items()})
     except RuntimeError as error:
         raise UserError(f"MODEL={name!r}: {WEIGHTS} does not fit the settings in {CONFIG}: {error}") from None
+    if text := notice(info):
+        print(text, file=sys.stderr)
     return lm.eval().requires_grad_(False), info
 
 
@@ -192,3 +227,67 @@ def check_codec(info: dict[str, Any], codec: Any) -> None:
             f"(identity {codec.identity[:12]}…) was given; its codes mean other sounds. "
             "Use the codec the model names, or train a model on this one"
         )
+
+
+def inherited(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """What a model trained from `source` inherits: `{model, licence}` of it and of what it was trained from itself."""
+    info = read_info(source)
+    own = [] if "imported_from" in info else [{"model": os.fspath(source), "licence": info.get("licence")}]
+    return [*own, *info.get("inherited", [])]
+
+
+def notice(info: dict[str, Any]) -> str:
+    """What a user of this release must know of the licences it inherits; empty when it inherits none."""
+    return "\n".join(
+        f"licence   these weights derive from {item['model']}: {item['licence'] or 'not stated'}"
+        + ("; not for commercial use, nor is what is trained from them" if "-NC" in str(item["licence"]) else "")
+        for item in info.get("inherited", [])
+    )
+
+
+def initial_state(
+    source: str | os.PathLike[str], wanted: config.LMConfig, codec: dict[str, Any], text_encoder: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Weights of a release to train on from, in the shape of the run; those of a mono model are widened for stereo.
+
+    Args:
+        source: what `load_release` takes.
+        wanted: the model that will be trained.
+        codec, text_encoder: `{name, identity}` of what the run's tokens and captions come from.
+
+    Raises:
+        UserError: no release, another shape or pattern, or one made for another codec or text encoder.
+    """
+    from musicgen import stereo
+
+    name = os.fspath(source)
+    loaded, info = load_release(source)
+    there = loaded.config
+    wider = wanted.num_codebooks == 2 * there.num_codebooks and wanted.pattern.startswith("stereo")
+    if wider and there.pattern == "delay":
+        there = replace(there, num_codebooks=wanted.num_codebooks, pattern=wanted.pattern)
+    for part, word, here in (("codec", "codec", codec), ("text_encoder", "text encoder", text_encoder)):
+        identity = info[part]["identity"]
+        if wider and part == "codec":
+            identity = stereo.identity_of(identity)
+        if identity != here["identity"]:
+            raise UserError(
+                f"INIT={name!r} was trained with {word} {info[part]['name']!r} (identity "
+                f"{info[part]['identity'][:12]}…), this run has {here['name']!r} (identity {here['identity'][:12]}…), "
+                "whose numbers mean other things; use the one of the release"
+            )
+    had, given = (_flat(settings.to_dict(c)) for c in (there, wanted))
+    free = ("dropout", "tail", "condition.text_encoder", "condition.null")  # without weights; see the identities
+    other = [f"lm.{k}: it has {had[k]!r}, given {given[k]!r}" for k in had if had[k] != given[k] and k not in free]
+    if other:
+        raise UserError(
+            f"INIT={name!r} is a model of another shape:\n  " + "\n  ".join(other) + "\nGive its SIZE and shape"
+        )
+    return stereo.widen(loaded.state_dict()) if wider else loaded.state_dict()
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

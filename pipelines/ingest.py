@@ -27,6 +27,7 @@ from rich.table import Table
 
 from musicgen import settings
 from musicgen.errors import UserError
+from musicgen.stereo import PREFIX as STEREO
 from pipelines import analysis, assemble, catalog, cluster, report, rights, shard, stages
 from pipelines.assemble import AssembleConfig, Entry, Previous, SplitConfig
 from pipelines.audio import DecodeConfig
@@ -52,6 +53,7 @@ class IngestConfig:
         catalog: URI of the catalogue (.jsonl, .csv, .parquet); relative audio addresses start at its folder.
         out: URI of the data set's folder.
         codec: `demo` (embedded), a folder, a hub name, or `tiny` (small, random, for trying a catalogue out).
+        channels: 1, or 2 for stereo tokens of a mono codec: left and right apart, twice the codebooks.
         analysis: `essentia`, `builtin`, or `auto` for essentia where it is installed.
         seed: of the caption variants.
         buckets: hash buckets per split, one shard each; fixed when the set is created.
@@ -66,6 +68,7 @@ class IngestConfig:
     catalog: str = ""
     out: str = ""
     codec: str = "demo"
+    channels: int = 1
     analysis: str = "auto"
     seed: int = 0
     buckets: int = 16
@@ -79,6 +82,14 @@ class IngestConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.buckets <= 99_999:
             raise ValueError(f"buckets must lie in 1-99999, got {self.buckets}")
+        if self.channels not in (1, 2):
+            raise ValueError(f"channels is {self.channels}; it must be 1 (mono) or 2 (stereo)")
+
+    @property
+    def codec_name(self) -> str:
+        """The codec as `stages.load_codec` takes it, `stereo:NAME` for two channels."""
+        stereo = self.channels == 2 and not self.codec.startswith(STEREO)
+        return f"{STEREO}{self.codec}" if stereo else self.codec
 
 
 def identity(config: IngestConfig, codec: Codec) -> dict[str, Any]:
@@ -151,7 +162,7 @@ class Ingest:
         self.root = Place.at(config.out)
         self.work = self.root / assemble.WORK
         self.catalog = catalog.read(config.catalog)
-        self.codec = stages.load_codec(config.codec)
+        self.codec = stages.load_codec(config.codec_name)
         self.identity = identity(config, self.codec)
         self.hash = settings_hash(self.identity)
         refuse_other_settings(self.root, self.identity)
@@ -285,7 +296,7 @@ class Ingest:
             self.config.checks,
             self.config.decode,
             self.identity["analysis"],
-            self.config.codec,
+            self.config.codec_name,
             self.codec.identity,
             self.codec.sample_rate,
             self.codec.channels,

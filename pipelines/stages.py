@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from musicgen import codec as codecs
+from musicgen import stereo
 from musicgen.errors import UserError
 from pipelines import analysis, audio, checks
 from pipelines.checks import CheckConfig, Reject
@@ -176,7 +177,12 @@ def encode(prepared: Prepared, codec: codecs.Codec) -> Result:
 
 
 def load_codec(name: str) -> codecs.Codec:
-    """The codec of a setting: `demo`, `tiny` (small, random, for trying a catalogue out), a folder or a hub name."""
+    """The codec of a setting: `demo`, `tiny` (small, random, for trying a catalogue out), a folder or a hub name.
+
+    `stereo:` before the name encodes left and right apart.
+    """
+    if name == f"{stereo.PREFIX}tiny":
+        return stereo.StereoCodec(codecs.tiny())
     return codecs.tiny() if name == "tiny" else codecs.load(name)
 
 

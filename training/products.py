@@ -20,6 +20,8 @@ def release_info(
     module: MusicLMModule, config: TrainConfig, shards: Sources, valid_loss: float | None
 ) -> dict[str, Any]:
     """What a release says about itself (see musicgen.weights)."""
+    from musicgen.weights import inherited
+
     codec = shards.info["codec"]
     return {
         "codec": {"name": config.codec or codec["name"], "identity": codec["identity"]},
@@ -33,6 +35,7 @@ def release_info(
             **({"init": config.init} if config.init else {}),
         },
         "licence": config.licence,
+        **({"inherited": inherited(config.init)} if config.init else {}),
         "made_by": f"musicgen-pipeline {version('musicgen-pipeline')}",
     }
 

@@ -33,7 +33,6 @@ from training.state import Progress
 from training.strategy import HardwareConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
 
     from musicgen.codec import Codec
     from musicgen.conditioning import TextEncoder
@@ -53,7 +52,8 @@ class TrainConfig:
         data: the data set, a folder or URI written by ingest, or a mixture of several: `a:0.7,b:0.3`.
         cache: folder for sets fetched from an object store; the user's cache folder when empty.
         run: the run's folder; the same folder resumes.
-        init: release folder whose weights the run starts from (fine-tuning); all else starts anew.
+        init: release folder or hub name whose weights the run starts from (fine-tuning); all else starts anew. A mono
+            model is widened for a stereo one.
         steps: length of the training, and of the learning rate's schedule.
         stop_at: stop at this step and keep the schedule of `steps`; 0 goes to the end.
         seed: of the initial weights and of everything drawn.
@@ -266,35 +266,6 @@ def _load_encoder(config: TrainConfig) -> TextEncoder:
     return encoder
 
 
-def released(encoder: TextEncoder, config: TrainConfig, shards: Sources) -> dict[str, Tensor]:
-    """The weights of the release INIT, checked to fit the run.
-
-    Raises:
-        UserError: no release, another shape, or one made for another codec or text encoder.
-    """
-    from musicgen.weights import load_release
-
-    model, info = load_release(config.init)
-    for part, word, here in (
-        ("codec", "codec", shards.info["codec"]),
-        ("text_encoder", "text encoder", {"name": encoder.name, "identity": encoder.identity}),
-    ):
-        if info[part]["identity"] != here["identity"]:
-            raise UserError(
-                f"INIT={config.init!r} was trained with {word} {info[part]['name']!r} (identity "
-                f"{info[part]['identity'][:12]}…), this run has {here['name']!r} (identity {here['identity'][:12]}…), "
-                "whose numbers mean other things; use the one of the release"
-            )
-    had, wanted = (folder_of.flat(settings.to_dict(c)) for c in (model.config, config.lm))
-    free = ("dropout", "tail", "condition.text_encoder")  # without weights; the encoder was compared by identity
-    other = [f"lm.{k}: it has {had[k]!r}, given {wanted[k]!r}" for k in had if had[k] != wanted[k] and k not in free]
-    if other:
-        raise UserError(
-            f"INIT={config.init!r} is a model of another shape:\n  " + "\n  ".join(other) + "\nGive its SIZE and shape"
-        )
-    return model.state_dict()
-
-
 def fit(config: TrainConfig) -> Path:
     """Train or go on; returns the run's folder.
 
@@ -305,6 +276,7 @@ def fit(config: TrainConfig) -> Path:
     import torch
 
     from musicgen.lm import MusicLM
+    from musicgen.weights import initial_state
     from training import callbacks, controls, data, record, sources, strategy
     from training.module import MusicLMModule
 
@@ -333,7 +305,7 @@ def fit(config: TrainConfig) -> Path:
     codec = load_codec(shards, config.codec) if config.log.clips and is_zero else None
     # Where the model is sharded, rank 0 sends its weights.
     takes = config.init and not start and (is_zero or plan.shards == 1)
-    weights = released(encoder, config, shards) if takes else None
+    weights = initial_state(config.init, config.lm, shards.info["codec"], identity["text_encoder"]) if takes else None
     if run_id is None and is_zero:
         run_id = folder_of.make_run(config.run, identity)
     unigram = data.unigram_loss(shards, config.batch).tolist()
