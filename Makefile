@@ -21,7 +21,7 @@ export WANDB_SILENT ?= true
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo test test-slow ingest plan train generate codec codec-eval check check-music bench bench-generate bench-codec bench-loader bench-train bench-gpu assets music lock clean
+.PHONY: help setup dev demo test test-slow ingest plan train generate import export codec codec-eval check check-music bench bench-generate bench-codec bench-loader bench-train bench-gpu assets music lock clean
 
 help: ## this list
 	@echo "usage: make TARGET [NAME=value …] [ARGS='--setting value …']"
@@ -61,6 +61,12 @@ train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=… [GPUS=8 INIT=release]:
 
 generate: setup ## PROMPT="…" DURATION=10 [MODEL=… OUT=… SEED=… MELODY=… AUDIO=… STREAM=1]: text to wav
 	$(BIN)/python -m musicgen.generate --model "$(or $(MODEL),demo)" --duration "$(DURATION)" --seed "$(SEED)" --out "$(or $(OUT),out.wav)" $(if $(MELODY),--melody "$(MELODY)") $(if $(AUDIO),--prompt_audio "$(AUDIO)") $(if $(STREAM),--stream true) $(ARGS)
+
+import: setup ## FROM=… OUT=…: a transformers folder, audiocraft's files or a hub name as a release of ours
+	$(BIN)/python -m musicgen.interop.command import --source "$(FROM)" --out "$(OUT)" $(ARGS)
+
+export: setup ## MODEL=… TO=transformers|audiocraft OUT=…: a release for other programs
+	$(BIN)/python -m musicgen.interop.command export --model "$(or $(MODEL),demo)" --to "$(or $(TO),transformers)" --out "$(OUT)" $(ARGS)
 
 codec: setup ## [SIZE=demo|32khz] DATA=… RUN=…: train an EnCodec from a catalogue
 	$(BIN)/python -m training.codec.train --size "$(SIZE)" --data "$(or $(DATA),$(MUSIC)/catalog.jsonl)" --run "$(or $(RUN),runs/codec-$(SIZE))" $(ARGS)

@@ -1,0 +1,131 @@
+"""`make import FROM=… OUT=…` and `make export MODEL=… TO=transformers|audiocraft OUT=…`.
+
+python -m musicgen.interop.command import --source facebook/musicgen-small --out models/small
+python -m musicgen.interop.command export --model models/small --to transformers --out exported
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from musicgen import files, settings, weights
+from musicgen.errors import UserError
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Another project's MusicGen as a release of ours.
+
+    Args:
+        source: a transformers folder, a folder with audiocraft's exported files, or a hub name.
+        out: the release folder to write.
+        codec: name or folder of the codec, where audiocraft's files only name it and it stands elsewhere.
+        text_encoder: the same for the text encoder.
+        licence: of the weights, where the source does not say.
+    """
+
+    source: str = ""
+    out: str = ""
+    codec: str = ""
+    text_encoder: str = ""
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """A release of ours for other programs.
+
+    Args:
+        model: `demo` or a release folder.
+        to: transformers (a folder for from_pretrained and the text-to-audio pipeline) or audiocraft (its two files).
+        out: the folder to write.
+        codec: codec name or folder, where the one the release names stands elsewhere.
+        text_encoder: the same for the text encoder.
+        text_encoder_name: what audiocraft shall call the text encoder, such as t5-base.
+    """
+
+    model: str = "demo"
+    to: Literal["transformers", "audiocraft"] = "transformers"
+    out: str = ""
+    codec: str = ""
+    text_encoder: str = ""
+    text_encoder_name: str = ""
+
+
+def import_model(config: ImportConfig) -> Path:
+    """Write the release; returns its folder. Raises `UserError`."""
+    from musicgen.interop import parts, sources
+
+    if not config.source:
+        raise UserError(f"FROM is missing; give a folder or a hub name such as FROM={sources.PUBLISHED[0]}")
+    if not config.out:
+        raise UserError("OUT is missing; give the release folder to write, such as OUT=models/small")
+    model = sources.read(config.source, config.codec, config.text_encoder)
+    if config.licence:
+        model.licence = config.licence
+    return parts.to_release(model, config.out)
+
+
+def export_model(config: ExportConfig) -> Path:
+    """Write the export, whole or absent; returns its folder. Raises `UserError`."""
+    from musicgen.interop import audiocraft, huggingface, parts
+
+    target = files.local_path(config.out) if config.out else None
+    if target is None:
+        raise UserError(f"OUT={config.out!r}: give the local folder to write, such as OUT=exported")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"OUT={config.out!r} exists and is not empty; give a new folder")
+    model = parts.of_release(config.model, config.codec, config.text_encoder)
+    write: Callable[[Path], None]
+    if config.to == "transformers":
+        huggingface.check(model)
+        write = lambda folder: huggingface.write(model, folder)  # noqa: E731
+    else:
+        audiocraft.check(model, config.text_encoder_name)
+        write = lambda folder: audiocraft.write(model, folder, config.text_encoder_name)  # noqa: E731
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        if target.exists():
+            target.rmdir()
+        os.rename(temporary, target)
+    except OSError as error:
+        raise UserError(f"cannot write {config.out!r}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def main(argv: Sequence[str]) -> int:
+    """`import` or `export`; see `ImportConfig` and `ExportConfig`."""
+    prog = "python -m musicgen.interop.command"
+    if argv and argv[0] == "import":
+        folder = import_model(settings.parse(ImportConfig, argv[1:], prog=f"{prog} import"))
+        info = weights.read_info(folder)
+        if text := weights.notice(info):
+            print(text, file=sys.stderr)
+        kind = "melody" if info["lm"]["condition"]["melody"] else "text"
+        print(
+            f"{folder}: {kind} model, {info['weights']['parameters']:,} parameters, pattern {info['lm']['pattern']}, "
+            f"licence {info['licence']}; use it as MODEL={folder}"
+        )
+        return 0
+    if argv and argv[0] == "export":
+        config = settings.parse(ExportConfig, argv[1:], prog=f"{prog} export")
+        folder = export_model(config)
+        names = ", ".join(sorted(p.name for p in folder.iterdir()))
+        print(f"{folder}: for {config.to}: {names}")
+        return 0
+    raise UserError(f"give 'import' or 'export' first, not {argv[0] if argv else 'nothing'!r}")
+
+
+if __name__ == "__main__":
+    settings.run(main)
