@@ -33,7 +33,6 @@ from training.state import Progress
 from training.strategy import HardwareConfig
 
 if TYPE_CHECKING:
-
     from musicgen.codec import Codec
     from musicgen.conditioning import TextEncoder
     from training.module import MusicLMModule
