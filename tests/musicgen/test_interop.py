@@ -25,6 +25,7 @@ from musicgen.engine import Engine
 from musicgen.errors import UserError
 from musicgen.interop import audiocraft, command, parts, sources
 from musicgen.lm import MusicLM
+from musicgen.model import encode_prompts
 from musicgen.sampling import SamplingConfig
 from musicgen.windows import Windows, stream_codes
 
@@ -160,7 +161,10 @@ def greedy_codes(model: generate.MusicGen, kind: str, frames: int) -> torch.Tens
         SamplingConfig(top_k=0, temperature=0.0, guidance=3.0),
         melodies=MELODY.to(torch.uint8) if "melody" in kind else None,
     )
-    branches, scales = generate._branches(model, request)
+    melody = MELODY.to(torch.uint8) if "melody" in kind else None
+    prompted = replace(encode_prompts(model, request.prompts), chroma=melody)
+    branches = [prompted, prompted.without_text(model.lm).without_melody()]
+    scales = torch.full((1, frames), 3.0)
     windows = Windows(frames, frames, frames - 1, model.codec.frame_rate, model.codec.sample_rate)
     found = list(stream_codes(Engine(model.lm), branches, [0], request.sampling, windows, None, scales))
     # The command's own windows end beyond the clip, clear of columns never trained: until there they are equal.
