@@ -146,3 +146,11 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(place: Path) -> None:
     assert len(became) == 2 and became[0] == became[1]
     assert became[0].startswith("NonFiniteLoss: the loss is not finite at step 3 (tracks 0")
     assert state.steps_in(place / "spoiled" / "state") == [2]
+
+
+@pytest.mark.slow
+def test_hybrid_sharding_over_two_groups_of_two(place: Path, tmp_path: Path) -> None:
+    hybrid = shlex.split("--hardware.devices 4 --hardware.strategy hybrid --hardware.shard_group 2")
+    argv = [*SMALL, *hybrid, "--data", str(place / "data"), "--run", str(tmp_path / "hybrid")]
+    assert together([{"argv": argv}], tmp_path / "work", ranks=4) == [["ok"] * 4]
+    alike(tmp_path / "hybrid", place / "one")
