@@ -31,6 +31,7 @@ def test_figures_belong_to_the_weights_that_ship() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_all_that_ships_is_rebuilt_in_order(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     if shutil.which("fluidsynth") is None:
         pytest.skip("fluidsynth is not installed: music cannot be rendered")
@@ -38,7 +39,7 @@ def test_all_that_ships_is_rebuilt_in_order(tmp_path: Path, capfd: pytest.Captur
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
     shipped = tmp_path / "shipped"
     words = [
-        "--work", str(tmp_path / "work"), "--shipped", str(shipped), "--hours", "0.3",
+        "--work", str(tmp_path / "work"), "--shipped", str(shipped), "--hours", "0.5",
         "--codec_config", str(tmp_path / "codec.yaml"), "--codec_steps", "6",
         "--model_config", str(tmp_path / "model.yaml"), "--model_steps", "3",
     ]  # fmt: skip
