@@ -68,8 +68,8 @@ import: setup ## FROM=… OUT=…: a transformers folder, audiocraft's files or 
 export: setup ## MODEL=… TO=transformers|audiocraft OUT=…: a release for other programs
 	$(BIN)/python -m musicgen.interop.command export --model "$(or $(MODEL),demo)" --to "$(or $(TO),transformers)" --out "$(OUT)" $(ARGS)
 
-codec: setup ## [SIZE=demo|32khz] DATA=… RUN=…: train an EnCodec from a catalogue
-	$(BIN)/python -m training.codec.train --size "$(SIZE)" --data "$(or $(DATA),$(MUSIC)/catalog.jsonl)" --run "$(or $(RUN),runs/codec-$(SIZE))" $(ARGS)
+codec: setup ## [SIZE=demo|32khz DATA=… RUN=… INIT=…]: train an EnCodec from a catalogue or audio shards
+	$(BIN)/python -m training.codec.train --size "$(SIZE)" --data "$(or $(DATA),$(wildcard $(MUSIC)/catalog.jsonl),musicgen/assets/catalogue/catalog.jsonl)" --run "$(or $(RUN),runs/codec-$(SIZE))" $(if $(INIT),--init "$(INIT)") $(ARGS)
 
 codec-eval: setup ## [CODEC=demo DATA=… OUT=runs/codec-eval]: distances, pitch and bits beside Opus; a page to hear them
 	$(BIN)/python -m training.codec.evaluate --codec "$(or $(CODEC),demo)" --data "$(or $(DATA),musicgen/assets/catalogue/catalog.jsonl)" --out "$(or $(OUT),runs/codec-eval)/figures.json" --page "$(or $(OUT),runs/codec-eval)/index.html" $(ARGS)

@@ -125,8 +125,11 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def refuse_other_settings(root: Place, now: dict[str, Any]) -> None:
-    """Raises `UserError` naming every setting in which an existing or unfinished set differs from this run."""
+def refuse_other_settings(root: Place, now: dict[str, Any], codec_name: str) -> None:
+    """Raises `UserError` naming every setting in which an existing or unfinished set differs from this run.
+
+    Codecs are told by name and identity: tokens of two of them in one set would mean different sounds.
+    """
     for place, pick in ((root / "dataset.json", "settings"), (root / assemble.WORK / "settings.json", None)):
         if not place.is_file():
             continue
@@ -135,8 +138,14 @@ def refuse_other_settings(root: Place, now: dict[str, Any]) -> None:
         differ = [
             f"  - {name}: {there.get(name, 'absent')!r} there, {here.get(name, 'absent')!r} now"
             for name in sorted({*there, *here})
-            if there.get(name) != here.get(name)
+            if name != "codec" and there.get(name) != here.get(name)
         ]
+        if there.get("codec") != here["codec"]:
+            name = repr(tree["codec"]["name"]) if pick else "of the unfinished run"
+            differ.append(
+                f"  - codec {name} (identity {str(there.get('codec'))[:12]}…) there, {codec_name!r} (identity "
+                f"{here['codec'][:12]}…) now: their tokens cannot be mixed"
+            )
         if differ:
             raise UserError(
                 f"OUT={root} was made with other settings:\n" + "\n".join(differ) + "\n"
@@ -165,7 +174,7 @@ class Ingest:
         self.codec = stages.load_codec(config.codec_name)
         self.identity = identity(config, self.codec)
         self.hash = settings_hash(self.identity)
-        refuse_other_settings(self.root, self.identity)
+        refuse_other_settings(self.root, self.identity, self.codec.name)
         self.previous = Previous(self.root)
         self.rejects: list[tuple[Row, Reject, str | None]] = []
         self.admitted = self._gate()

@@ -98,17 +98,37 @@ def build_trainer(
     logger: Any = None,
 ) -> pl.Trainer:
     """A Trainer that makes `steps` steps; checkpoints and bar are ours, so Lightning's own are off."""
+    strategy: Any = "auto"
+    if plan.strategy == "ddp":
+        strategy = pl.strategies.DDPStrategy(process_group_backend=_backend(config), gradient_as_bucket_view=True)
+    elif plan.strategy in ("fsdp", "hybrid"):
+        strategy = pl.strategies.ModelParallelStrategy(
+            data_parallel_size=config.world, tensor_parallel_size=1, process_group_backend=_backend(config)
+        )
+    return _trainer(config, strategy, steps, plan.accumulate, callbacks, logger)
+
+
+def build_codec_trainer(config: HardwareConfig, *, steps: int, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
+    """A Trainer of the codec: alone, or DDP with each rank holding codec and discriminator."""
+    strategy: Any = "auto"
+    if config.world > 1:
+        # The two are back-propagated one after the other; the codebooks are kept equal by sums of their own.
+        strategy = pl.strategies.DDPStrategy(
+            process_group_backend=_backend(config), find_unused_parameters=True, broadcast_buffers=False
+        )
+    return _trainer(config, strategy, steps, 1, callbacks, None)
+
+
+def _backend(config: HardwareConfig) -> str:
+    """What processes talk by; states are written through the CPU's backend whatever the gradients travel by."""
+    return "cpu:gloo,cuda:nccl" if config.uses_gpu else "gloo"
+
+
+def _trainer(
+    config: HardwareConfig, strategy: Any, steps: int, accumulate: int, callbacks: Sequence[pl.Callback], logger: Any
+) -> pl.Trainer:
     if config.threads:
         torch.set_num_threads(config.threads)
-    options: dict[str, Any] = {}
-    # States are written through the CPU's backend whatever the gradients travel by.
-    backend = "cpu:gloo,cuda:nccl" if config.uses_gpu else "gloo"
-    if plan.strategy == "ddp":
-        options["strategy"] = pl.strategies.DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
-    elif plan.strategy in ("fsdp", "hybrid"):
-        options["strategy"] = pl.strategies.ModelParallelStrategy(
-            data_parallel_size=config.world, tensor_parallel_size=1, process_group_backend=backend
-        )
     return pl.Trainer(
         accelerator="gpu" if config.uses_gpu else "cpu",
         devices=config.devices,
@@ -116,7 +136,8 @@ def build_trainer(
         precision="bf16-mixed" if config.number_format == "bf16" else "32-true",
         max_steps=steps,
         max_epochs=-1,
-        accumulate_grad_batches=plan.accumulate,
+        accumulate_grad_batches=accumulate,
+        strategy=strategy,
         callbacks=list(callbacks),
         logger=logger or False,
         enable_checkpointing=False,
@@ -125,7 +146,6 @@ def build_trainer(
         use_distributed_sampler=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
-        **options,
     )
 
 

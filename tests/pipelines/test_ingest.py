@@ -186,6 +186,8 @@ def test_other_settings_are_refused_by_name(faulty: tuple, made: Path) -> None:
     text = str(caught.value)
     assert "checks.max_seconds: 5.0 there, 7.0 now" in text and "seed: 0 there, 5 now" in text
     assert "purpose: ['train'] there, ['sync', 'train'] now" in text and "captions" not in text
+    with pytest.raises(UserError, match=r"codec 'tiny' \(identity \w{12}…\) there, 'demo' \(identity \w{12}…\) now"):
+        run(faulty[0], made, "--checks.max_seconds", "5", "--codec", "demo")
 
 
 def test_growth_change_and_removal_give_the_set_made_at_once(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,14 +11,20 @@ import pytest
 import torch
 
 from musicgen import codec as codecs
+from musicgen import settings, wav
 from musicgen.errors import UserError
+from tests.training.wandb_file import history as wandb_history
 from training.codec import data, initial, quantiser, train
+from training.codec.balancer import BalancerConfig
+from training.codec.config import CodecTrainConfig, read_config
+from training.codec.discriminator import DiscriminatorConfig
 from training.codec.initial import start_from
-from training.codec.module import CodecModule, CodecTrainConfig
+from training.codec.module import CodecModule
 from training.codec.quantiser import QuantiserConfig
 
-SMALL = ["--batch_size", "2", "--crop_seconds", "0.5", "--warmup_steps", "3", "--quantiser.kmeans_latents", "2100"]
-SMALL += ["--quantiser.kmeans_iterations", "2", "--validation_tracks", "1", "--threads", "1"]
+SMALL = ["--batch_size", "2", "--crop_seconds", "0.5", "--warmup_steps", "3", "--quantiser.kmeans_latents", "200"]
+SMALL += ["--network.num_filters", "4", "--network.hidden_size", "16", "--network.codebook_size", "64"]
+SMALL += ["--quantiser.kmeans_iterations", "2", "--validation_tracks", "1", "--hardware.threads", "1", "--clips", "1"]
 SMALL_CRITIC = ["--discriminator.windows", "[256, 512]", "--discriminator.filters", "2", "--adversarial_ramp", "2"]
 
 
@@ -95,20 +102,25 @@ def test_crops_are_addressed(cache: Path) -> None:
     assert np.array_equal(four, np.concatenate(halves)), "one rank with four crops sees what two ranks with two see"
 
 
+def metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 class Killed(Exception):
     """A run that stops in the middle."""
 
 
 def stop_after_first_validation(argv: list[str]) -> None:
     """Run until the first state is on the disk, then die."""
-    real = train.Watch._validate
+    real = train.Watch._save
 
-    def validate_and_die(self: train.Watch, trainer: object, module: object, step: int) -> None:
-        real(self, trainer, module, step)
+    def save_and_die(self: train.Watch, trainer: object) -> None:
+        real(self, trainer)
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.Watch, "_validate", validate_and_die)
+        patch.setattr(train.Watch, "_save", save_and_die)
         train.main(argv)
 
 
@@ -130,10 +142,19 @@ def test_trains_resumes_and_exports(cache: Path, tmp_path: Path) -> None:
     argv = ["--data", str(cache), *SMALL, *SMALL_CRITIC, "--steps", "12", "--cooldown_steps", "4"]
     argv += ["--validate_every", "6", "--adversarial_start", "4", "--discriminator.every", "2"]
     assert train.main([*argv, "--run", str(tmp_path / "whole")]) == 0
-    lines = [json.loads(x) for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert {"valid/log_mel", "valid/chroma", "valid/used_4"} <= set(lines[-1])
+    lines = metrics(tmp_path / "whole")
+    assert {"valid/log_mel", "valid/chroma", "valid/used_4", "valid/perplexity_4"} <= set(lines[-1])
+    assert {"train/adversarial", "train/feature", "train/commitment", "train/mel"} <= set(lines[-2])
+    clips = sorted(p.name for p in (tmp_path / "whole" / "samples").iterdir())
+    assert clips == ["v0-original.wav", "v0-step-0000006.wav", "v0-step-0000012.wav"]
+    assert wav.read_marking(tmp_path / "whole" / "samples" / clips[1])["what"] == "reconstruction by the codec"
+    [file] = (tmp_path / "whole" / "wandb").glob("offline-run-*/*.wandb")
+    sent = [list(row) for row in wandb_history(file)]
+    assert any(key.startswith("samples") for keys in sent for key in keys) and any(
+        "share/feature" in keys for keys in sent
+    )
     shares = {k: v for k, v in lines[-2].items() if k.startswith("share/")}
-    assert shares.keys() == {"share/wave", "share/mel", "share/tonal", "share/adversarial", "share/feature"}
+    assert shares.keys() == {f"share/{name}" for name in ("wave", "mel", "tonal", "chroma", "adversarial", "feature")}
     assert sum(shares.values()) == pytest.approx(1.0)
     codec = codecs.load(tmp_path / "whole" / "release")
     assert codec.encode(torch.from_numpy(melody(3))[None]).shape == (1, 4, 200)
@@ -174,6 +195,23 @@ def test_starts_from_another_run(cache: Path, tmp_path: Path) -> None:
             assert 0 < (now - then).norm() < 0.5 * (other - then).norm(), "went on from there, not from scratch"
 
 
+def test_starts_from_a_folder_of_transformers(tmp_path: Path) -> None:
+    """What `save_pretrained` writes, as on the hub: the same network, through the same three methods."""
+    theirs = codecs.build(train_config(SMALL).network)
+    for layer in theirs.quantizer.layers:
+        layer.codebook.embed.normal_()
+    theirs.save_pretrained(tmp_path)
+    module = CodecModule(train_config([*SMALL, "--seed", "5"]), [])
+    start_from(module, str(tmp_path))
+    for name, tensor in theirs.state_dict().items():
+        assert name.endswith(codecs.TRAINING_BUFFERS) or torch.equal(module.network.state_dict()[name], tensor), name
+    hub, ours = codecs.load(tmp_path), module.averaged()
+    sound = torch.from_numpy(melody(2))[None]
+    codes = hub.encode(sound)
+    assert hub.identity == ours.identity and torch.equal(codes, ours.encode(sound))
+    assert torch.equal(hub.decode(codes), ours.decode(codes))
+
+
 def test_sums_of_a_release_are_rebuilt() -> None:
     """Releases lack the running sums: an entry must stay where it is as long as the latents stay the same."""
     torch.manual_seed(0)
@@ -205,6 +243,10 @@ def test_start_of_another_shape_is_refused(tmp_path: Path) -> None:
     codecs.save(codecs.build(slim), tmp_path / "slim")
     with pytest.raises(UserError, match=r"codec of another shape: decoder"):
         start_from(module, str(tmp_path / "slim"))
+    faster = dataclasses.replace(codecs.CODEC_SIZES["demo"], sample_rate_hz=48_000)
+    codecs.save(codecs.build(faster), tmp_path / "faster")
+    with pytest.raises(UserError, match="sampling_rate is 48000 there, 32000 in this run"):
+        start_from(module, str(tmp_path / "faster"))
     (tmp_path / "last.ckpt").write_bytes(b"no state")
     with pytest.raises(UserError, match="is not the state of a codec run"):
         start_from(module, str(tmp_path / "last.ckpt"))
@@ -217,14 +259,106 @@ def test_bad_input(tmp_path: Path, cache: Path) -> None:
         train.main([])
     with pytest.raises(UserError, match="does not exist"):
         train.main(["--data", str(tmp_path / "no.jsonl"), "--run", str(tmp_path / "r")])
+    short = ["--data", str(cache), "--crop_seconds", "0.2"]
+    with pytest.raises(UserError, match=r"crop_seconds is 0.2 \(6400 samples\); (warmup_)?loss needs at least 0.256 s"):
+        train.main(short)
+    with pytest.raises(UserError, match=r"hears 0.01 s of each crop; it needs at least its longest window \(0.064 s\)"):
+        train.main(["--data", str(cache), "--adversarial_start", "5", "--discriminator.seconds", "0.01"])
+    mute = [f"--loss.{name}" for name in ("wave", "mel", "tonal", "chroma")]
+    with pytest.raises(UserError, match="loss gives no weight to any of wave"):
+        train.main(["--data", str(cache), *(word for name in mute for word in (name, "0"))])
+    with pytest.raises(UserError, match="2 processes cannot share"):
+        train.main(["--data", str(cache), "--batch_size", "3", "--hardware.devices", "2"])
+    with pytest.raises(UserError, match=r"PCM of 32000 Hz and 1 channel.* takes 32000 Hz and 2"):
+        train.main(["--data", str(cache), "--network.channels", "2", "--run", str(tmp_path / "stereo")])
+    with pytest.raises(settings.SettingsError, match="a codec is mono"):
+        train.main(["--data", str(cache), "--network.channels", "3"])
+    (tmp_path / "torn" / "state").mkdir(parents=True)
+    (tmp_path / "torn" / "state" / "last.ckpt").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"last\.ckpt cannot be read .* --init"):
+        train.main(["--data", str(cache), *SMALL, "--run", str(tmp_path / "torn")])
     with pytest.raises(UserError, match=r"lr: 0.002 there, 0.5 now"):
         run = ["--data", str(cache), "--run", str(tmp_path / "s"), *SMALL]
         train._keep_config(tmp_path, train_config(run))
         train._keep_config(tmp_path, train_config([*run, "--lr", "0.5"]))
 
 
+def test_sizes_have_their_settings() -> None:
+    """The numbers of the reference's recipe for the paper's size; the demo is that of its own file."""
+    config = read_config(["--data", "x", "--size", "32khz"])
+    assert config.network == codecs.CodecConfig() == codecs.CODEC_SIZES["32khz"]
+    assert (config.lr, config.betas, config.batch_size, config.crop_seconds) == (3e-4, (0.5, 0.9), 64, 1.0)
+    assert (config.steps, config.ema_decay, config.clip, config.warmup_steps) == (400_000, 0.99, 0.0, 0)
+    first = config.adversarial_loss
+    used = {k: v for k, v in dataclasses.asdict(first).items() if isinstance(v, float) and v and k != "tonal_max_hz"}
+    assert used == {"l1": 0.1, "msspec": 2.0, "adversarial": 4.0, "feature": 4.0, "commitment": 1.0}
+    assert first.balance and config.adversarial_start == 0
+    assert config.discriminator == DiscriminatorConfig() and config.balancer == BalancerConfig(0.999, 1.0)
+    assert (config.quantiser.decay, config.quantiser.epsilon, config.quantiser.kmeans_iterations) == (0.99, 1e-5, 50)
+    assert config.hardware.precision == "auto"
+    demo = read_config(["--data", "x", "--network.channels", "2"])
+    assert demo.network == dataclasses.replace(codecs.CODEC_SIZES["demo"], channels=2)
+    assert demo.hardware.precision == "float32" and demo.warmup_steps == 1000
+
+
+def test_recipe_of_the_paper_runs_in_stereo_and_bf16(tmp_path: Path) -> None:
+    """The paper's recipe, from its first step on, with a small network; weights and codebooks stay float32."""
+    both = ((f"t{i}", np.concatenate([melody(i), melody(i + 50)])) for i in range(3))
+    data.write_cache(tmp_path / "pcm", "train", both, 2)
+    data.write_cache(tmp_path / "pcm", "valid", iter([("v", np.concatenate([melody(7), melody(8)]))]), 2)
+    argv = ["--size", "32khz", "--data", str(tmp_path / "pcm"), *SMALL, *SMALL_CRITIC, "--warmup_steps", "0"]
+    argv += ["--network.channels", "2", "--steps", "3", "--hardware.accelerator", "cpu"]
+    argv += ["--hardware.precision", "bf16"]
+    assert train.main([*argv, "--run", str(tmp_path / "run")]) == 0
+    last = metrics(tmp_path / "run")[-2]
+    shares = {k.removeprefix("share/") for k in last if k.startswith("share/")}
+    assert shares == {"l1", "msspec", "adversarial", "feature"}
+    assert all(np.isfinite(v) for v in last.values())
+    kept = state(tmp_path / "run")["state_dict"]
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+    codec = codecs.load(tmp_path / "run" / "release")
+    assert codec.channels == 2
+    sound = torch.from_numpy(np.concatenate([melody(7), melody(8)]))[None]
+    assert codec.decode(codec.encode(sound)).shape == (1, 2, 128_000)
+
+
+def test_quantisation_is_float32_under_bf16() -> None:
+    torch.manual_seed(0)
+    books, latents = quantizer(), torch.randn(2, 8, 50)
+    quantiser.initialise(books, latents.permute(0, 2, 1).reshape(-1, 8), QuantiserConfig(), seed=0)
+    plain = quantiser.quantise(books, latents, QuantiserConfig(), train=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = quantiser.quantise(books, latents, QuantiserConfig(), train=False)
+    assert torch.equal(plain.codes, mixed.codes) and torch.equal(plain.latents, mixed.latents)
+
+
+def test_transformers_chooses_the_codes_of_training(cache: Path) -> None:
+    """`EncodecModel.encode` of the network under training gives the codes that training quantises with."""
+    module = CodecModule(train_config(SMALL), [])
+    sound = torch.from_numpy(np.stack([melody(1), melody(2)]))[..., :32_000]
+    with torch.no_grad():
+        latents = module.network.encoder(sound)
+        vectors = latents.permute(0, 2, 1).reshape(-1, latents.shape[1])
+        quantiser.initialise(module.network.quantizer, vectors, QuantiserConfig(), seed=0)
+        ours = quantiser.quantise(module.network.quantizer, latents, QuantiserConfig(), train=False).codes
+        theirs = module.network.eval().encode(sound).audio_codes[0]
+    assert (ours == theirs).float().mean() > 0.99 and len(ours.unique()) > 30
+
+
+def test_a_small_codec_improves_on_held_out_audio(cache: Path, tmp_path: Path) -> None:
+    """A thousand frames a second and two strides: easy enough to be learned in seconds, quantiser and all."""
+    argv = ["--data", str(cache), *SMALL, "--network.ratios", "[8, 4]", "--network.num_filters", "8"]
+    argv += ["--crop_seconds", "0.3", "--steps", "120", "--warmup_steps", "40", "--validate_every", "60"]
+    argv += ["--cooldown_steps", "30", "--ema_decay", "0.9", "--lr", "0.005"]
+    held_out = data.open_cache(cache, "valid").track(0)
+    before, _ = CodecModule(train_config(argv), [held_out]).evaluate()
+    assert train.main([*argv, "--run", str(tmp_path / "run")]) == 0
+    seen = [line for line in metrics(tmp_path / "run") if "valid/log_mel" in line]
+    assert seen[-1]["valid/log_mel"] < 0.7 * before["valid/log_mel"]
+    assert seen[-1]["valid/log_mel"] < seen[0]["valid/log_mel"]
+    assert min(seen[-1][f"valid/used_{level}"] for level in (1, 2, 3, 4)) > 0.3
+
+
 def train_config(argv: list[str]) -> CodecTrainConfig:
     """Parsed settings."""
-    from musicgen import settings
-
-    return settings.parse(CodecTrainConfig, argv)
+    return read_config(["--data", "unused", *argv])

@@ -31,6 +31,15 @@ class BalancerConfig:
     total_norm: float = 1.0
 
 
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of `values` over all processes; `values` itself where there is one."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
 class Balancer:
     """Running gradient norms by loss name, and the weighted sum they lead to."""
 
@@ -51,10 +60,7 @@ class Balancer:
         Returns:
             gradient `[B, C, N]`; shares per loss, adding up to one: norm of its part over the sum of the norms.
         """
-        norms = torch.stack([g.flatten(1).norm(dim=1).mean() for g in gradients.values()])
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(norms)
-            norms = norms / dist.get_world_size()
+        norms = mean_over_ranks(torch.stack([g.flatten(1).norm(dim=1).mean() for g in gradients.values()]))
         now = dict(zip(gradients, norms.double().tolist(), strict=True))
         for name, norm in now.items():
             self.sums[name] = self.sums.get(name, 0.0) * self.config.decay + norm

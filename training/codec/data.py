@@ -1,8 +1,8 @@
-"""Audio for codec training: a PCM cache made once from a catalogue, and crops addressed by (seed, step, item).
+"""Audio for codec training: a PCM cache made once, and crops of it addressed by (seed, step, item).
 
-Decoding for every crop would cost more than the network on a laptop, so the tracks of a catalogue are decoded once to
-16-bit PCM at the codec's rate and channels, back to back in one file per split, memory-mapped afterwards. Rights,
-decoding, level checks and the split are the ones of ingest: a track that may not become tokens may not train a codec.
+Decoding for every crop would cost more than the network on a laptop, so the admitted tracks (training.codec.sources)
+are decoded once to 16-bit PCM at the codec's rate and channels, back to back in one file per split, memory-mapped
+afterwards. Any split of the ranks sees the same crops: an item's address is its place in the global batch.
 """
 
 from __future__ import annotations
@@ -20,14 +20,8 @@ from torch.utils.data import IterableDataset
 
 from musicgen.codec import CodecConfig
 from musicgen.errors import UserError
-from pipelines import audio
-from pipelines.assemble import SplitConfig, split_groups, split_of
-from pipelines.catalog import Row
-from pipelines.catalog import read as read_catalog
-from pipelines.checks import CheckConfig
-from pipelines.checks import first as first_problem
-from pipelines.rights import RightsConfig, admit
-from pipelines.store import Place
+from pipelines.assemble import SplitConfig
+from training.codec import sources
 
 
 @dataclass(frozen=True)
@@ -37,108 +31,102 @@ class Pcm:
     samples: np.ndarray
     starts: np.ndarray
     track_ids: list[str]
+    sample_rate_hz: int = 32_000
 
     @property
     def hours(self) -> float:
-        """Length at 32 kHz, in hours."""
-        return self.samples.shape[1] / 32_000 / 3600
+        """Length in hours."""
+        return self.samples.shape[1] / self.sample_rate_hz / 3600
 
     def track(self, number: int) -> np.ndarray:
         """One track `[C, N]` float32 in -1…1."""
         return self.samples[:, self.starts[number] : self.starts[number + 1]].astype(np.float32) / 32_768
 
 
-def open_cache(folder: str | Path, split: str) -> Pcm:
-    """Open a split of a PCM cache; raises `UserError` when it isn't there."""
+def open_cache(folder: str | Path, split: str, shape: CodecConfig | None = None) -> Pcm:
+    """Open a split of a PCM cache; raises `UserError` when it isn't there, or does not fit the codec of `shape`."""
     folder = Path(folder)
     described = folder / f"{split}.json"
     if not described.is_file():
         raise UserError(f"no PCM of split {split!r} in {folder}; make it with `make codec DATA=<catalogue>`")
     about = json.loads(described.read_text())
+    rate = int(about.get("sample_rate_hz", 32_000))
+    if shape is not None and (rate, about["channels"]) != (shape.sample_rate_hz, shape.channels):
+        raise UserError(
+            f"DATA {str(folder)!r} holds PCM of {rate} Hz and {about['channels']} channel(s); this codec takes "
+            f"{shape.sample_rate_hz} Hz and {shape.channels}. Give the catalogue or the audio shards it was made from"
+        )
     starts = np.asarray(about["starts"], dtype=np.int64)
-    shape = (int(about["channels"]), int(starts[-1]))
-    if shape[1] == 0:
-        return Pcm(np.zeros(shape, np.int16), starts, [])
-    flat = np.memmap(folder / f"{split}.pcm16", dtype=np.int16, mode="r", shape=(shape[1], shape[0]))
-    return Pcm(flat.T, starts, about["track_ids"])
+    size = (int(about["channels"]), int(starts[-1]))
+    if size[1] == 0:
+        return Pcm(np.zeros(size, np.int16), starts, [], rate)
+    flat = np.memmap(folder / f"{split}.pcm16", dtype=np.int16, mode="r", shape=(size[1], size[0]))
+    return Pcm(flat.T, starts, about["track_ids"], rate)
 
 
-def write_cache(folder: str | Path, split: str, tracks: Iterator[tuple[str, np.ndarray]], channels: int) -> None:
-    """Write tracks `(track_id, audio [C, N] float32)` as a split of the cache; whole or absent."""
+def write_cache(
+    folder: str | Path,
+    split: str,
+    tracks: Iterator[tuple[str, np.ndarray]],
+    channels: int,
+    sample_rate_hz: int = 32_000,
+) -> None:
+    """Write tracks `(track_id, audio [C, N] float32)` as a split of the cache; whole or absent.
+
+    Raises:
+        UserError: other channels, or samples that are not finite.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     starts, ids = [0], []
     scratch = folder / f"{split}.pcm16.partial"
     with scratch.open("wb") as file:
         for track_id, audio in tracks:
+            if audio.ndim != 2 or audio.shape[0] != channels or not np.isfinite(audio).all():
+                raise UserError(
+                    f"track {track_id!r} has shape {list(audio.shape)} and "
+                    f"{int((~np.isfinite(audio)).sum())} samples that are not finite; finite audio [{channels}, N] is "
+                    "needed"
+                )
             pcm = np.clip(np.rint(audio * 32_768), -32_768, 32_767).astype(np.int16)
             file.write(np.ascontiguousarray(pcm.T).tobytes())
             starts.append(starts[-1] + pcm.shape[1])
             ids.append(track_id)
     os.replace(scratch, folder / f"{split}.pcm16")
-    about = json.dumps({"channels": channels, "starts": starts, "track_ids": ids})
+    about = json.dumps({"channels": channels, "sample_rate_hz": sample_rate_hz, "starts": starts, "track_ids": ids})
     (folder / f"{split}.json.partial").write_text(about)
     os.replace(folder / f"{split}.json.partial", folder / f"{split}.json")
 
 
 def prepare(source: str, cache: Path, shape: CodecConfig, splits: SplitConfig, workers: int = 2) -> Path:
-    """The PCM cache of `source`: itself when it is one, else made in `cache` from a catalogue (once).
+    """The PCM cache of `source`: itself when it is one, else `cache`, made from a catalogue or from audio shards.
 
-    Rows pass the same rights gate, decoder, checks and split as in ingest; what is refused is counted and named in
-    `cache/rejects.json`.
+    A cache is made once, and anew when rows, rights, split, rate or channels have changed since. What was refused is
+    counted and named in `cache/rejects.json`.
 
     Raises:
-        UserError: neither a cache nor a catalogue, or no admissible track in a split.
+        UserError: no audio there, or none that is admissible in one of the splits.
     """
-    if (Path(source) / "train.json").is_file():
+    if "://" not in source and (Path(source) / "train.json").is_file():
         return Path(source)
-    if (cache / "train.json").is_file() and (cache / "valid.json").is_file():
+    chosen = sources.select(source, splits)
+    digest, made_from = chosen.digest(shape, splits), cache / "made-from"
+    if made_from.is_file() and made_from.read_text() == digest:
         return cache
-    catalog = read_catalog(source)
-    rights = RightsConfig()
-    admitted = [row for row in catalog.rows if not row.problems and admit(row.rights, rights, rights.day()) is None]
-    groups = split_groups(admitted)
-    rejects = {str(row.track_id): "row or rights" for row in catalog.rows if row not in admitted}
-    for split in ("train", "valid"):
-        rows = [row for row in admitted if split_of(groups[str(row.track_id)], splits) == split]
-        if not rows:
-            raise UserError(f"DATA {source!r} has no admissible track in split {split!r}; two splits are needed")
-        write_cache(cache, split, _decode_all(rows, catalog.folder, shape, rejects, workers, split), shape.channels)
-    (cache / "rejects.json").write_text(json.dumps(rejects, indent=1))
+    made_from.unlink(missing_ok=True)
+    for split, tracks in chosen.splits.items():
+        decoded = sources.decode(tracks, shape, chosen.rejects, workers, split)
+        write_cache(cache, split, decoded, shape.channels, shape.sample_rate_hz)
+        if not open_cache(cache, split, shape).track_ids:
+            raise UserError(
+                f"no track of split {split!r} in DATA {source!r} passed the checks; the last one: "
+                f"{chosen.rejects[str(tracks[-1].row.track_id)]}"
+            )
+    (cache / "rejects.json").write_text(json.dumps(chosen.rejects, indent=1, ensure_ascii=False))
+    if chosen.rejects:
+        print(f"{len(chosen.rejects)} tracks refused; the reasons are in {cache / 'rejects.json'}", flush=True)
+    made_from.write_text(digest)
     return cache
-
-
-def _decode_all(
-    rows: list[Row], folder: Place, shape: CodecConfig, rejects: dict[str, str], workers: int, split: str
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Decoded, checked and resampled tracks in catalogue order, with a bar; refusals go to `rejects`."""
-    from concurrent.futures import ThreadPoolExecutor
-    from threading import local
-
-    from rich.progress import track
-
-    limits, mine = CheckConfig(), local()
-
-    def one(row: Row) -> tuple[Row, np.ndarray | str]:
-        if not hasattr(mine, "decoder"):
-            mine.decoder = audio.Decoder(audio.DecodeConfig(), limits.max_seconds)
-        try:
-            decoded = mine.decoder.decode(folder.join(row.values["uri"]).read())
-            audio.verify(decoded, limits)
-        except (audio.DecodeError, OSError) as error:
-            return row, str(error)
-        refused = first_problem(decoded.pcm, decoded.sample_rate_hz, limits)
-        if refused is not None:
-            return row, refused.message
-        return row, audio.prepare(decoded.pcm, decoded.sample_rate_hz, shape.sample_rate_hz, shape.channels)
-
-    with ThreadPoolExecutor(workers) as pool:
-        for start in track(range(0, len(rows), 16), description=f"decoding {split}"):
-            for row, result in pool.map(one, rows[start : start + 16]):
-                if isinstance(result, str):
-                    rejects[str(row.track_id)] = result
-                else:
-                    yield str(row.track_id), result
 
 
 def crops(pcm: Pcm, *, seed: int, step: int, rank: int, batch_size: int, num_samples: int) -> np.ndarray:
@@ -160,19 +148,29 @@ def crops(pcm: Pcm, *, seed: int, step: int, rank: int, batch_size: int, num_sam
 
 
 class CropStream(IterableDataset[Tensor]):
-    """Batches of consecutive steps, from `first_step` on; the loader's whole state is that number."""
+    """This rank's part of the batches of consecutive steps, from `first_step` on; its whole state is that number.
 
-    def __init__(self, pcm: Pcm, *, seed: int, batch_size: int, num_samples: int, rank: int = 0) -> None:
-        self.pcm, self.seed, self.batch_size, self.num_samples, self.rank = pcm, seed, batch_size, num_samples, rank
+    `batch_size` counts the crops of all `world` ranks.
+    """
+
+    def __init__(
+        self, pcm: Pcm, *, seed: int, batch_size: int, num_samples: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.pcm, self.seed, self.batch_size, self.num_samples = pcm, seed, batch_size, num_samples
+        self.rank, self.world = rank, world
         self.first_step = 0
 
     def batch(self, step: int) -> Tensor:
-        """The batch of one step: `[B, C, num_samples]` float32."""
-        audio = crops(
-            self.pcm, seed=self.seed, step=step, rank=self.rank,
-            batch_size=self.batch_size, num_samples=self.num_samples,
-        )  # fmt: skip
-        return torch.from_numpy(audio)
+        """This rank's crops of one step: `[B / world, C, num_samples]` float32."""
+        return self._crops(step, self.rank, self.batch_size // self.world)
+
+    def whole_batch(self, step: int) -> Tensor:
+        """The crops of all ranks: `[B, C, num_samples]` float32."""
+        return self._crops(step, 0, self.batch_size)
+
+    def _crops(self, step: int, rank: int, count: int) -> Tensor:
+        ask = {"seed": self.seed, "step": step, "rank": rank, "batch_size": count, "num_samples": self.num_samples}
+        return torch.from_numpy(crops(self.pcm, **ask))
 
     def __iter__(self) -> Iterator[Tensor]:
         step = self.first_step

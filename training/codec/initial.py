@@ -18,6 +18,12 @@ from musicgen.codec import TRAINING_BUFFERS
 from musicgen.errors import UserError
 from training.codec import quantiser
 
+# Settings that shape what tensors of equal shapes do.
+SETTINGS = (
+    "sampling_rate", "audio_channels", "upsampling_ratios", "use_causal_conv", "use_conv_shortcut", "pad_mode",
+    "normalize", "dilation_growth_rate", "trim_right_ratio",
+)  # fmt: skip
+
 
 def start_from(module: Any, source: str) -> str:
     """Put the weights of `source` into a fresh `CodecModule`; returns what was taken, for the user to read.
@@ -52,6 +58,10 @@ def _from_folder(module: Any, folder: Path) -> str:
     finally:
         hf_logging.set_verbosity(before)
         hf_logging.enable_progress_bar()
+    pairs = {name: (getattr(model.config, name), getattr(module.network.config, name)) for name in SETTINGS}
+    other = [f"{name} is {there} there, {here} in this run" for name, (there, here) in pairs.items() if there != here]
+    if other:
+        raise UserError(f"INIT {str(folder)!r} is another kind of codec: {'; '.join(other)}")
     tensors = {k: v for k, v in model.state_dict().items() if not k.endswith(TRAINING_BUFFERS)}
     _take(module, tensors, folder)
     module.ema = [p.detach().clone() for p in module.network.parameters()]

@@ -23,9 +23,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from musicgen.chroma import WINDOW as CHROMA_WINDOW
 from musicgen.chroma import chroma_energy
 
 FLOOR = 1e-5
+RECONSTRUCTION = ("wave", "l1", "mel", "log_mel", "tonal", "chroma", "msspec")
+MSSPEC_WINDOWS = (64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,20 @@ class LossConfig:
     mel_windows: tuple[int, ...] = (256, 512, 1024, 2048)
     tonal_windows: tuple[int, ...] = (4096, 8192)
     tonal_max_hz: float = 3000.0
+
+
+def shortest(config: LossConfig) -> int:
+    """Samples that a crop needs at least for the losses that have a weight."""
+    needs = [0]
+    if config.mel or config.log_mel:
+        needs += [n // 2 + 1 for n in config.mel_windows]
+    if config.tonal:
+        needs += [n // 2 + 1 for n in config.tonal_windows]
+    if config.chroma:
+        needs.append(CHROMA_WINDOW // 2 + 1)
+    if config.msspec:
+        needs.append(3 * max(MSSPEC_WINDOWS) // 8 + 1)
+    return max(needs)
 
 
 @lru_cache(maxsize=32)
@@ -165,9 +182,6 @@ def _chroma_loss(x: Tensor, y: Tensor, sample_rate_hz: int) -> Tensor:
     entropy = -(wanted * wanted.clamp(min=1e-8).log()).sum(1)
     sounding = (energy.sum(1) > 1e-4).float()
     return ((-(wanted * got).sum(1) - entropy) * sounding).sum() / sounding.sum().clamp(min=1)
-
-
-MSSPEC_WINDOWS = (64, 128, 256, 512, 1024)
 
 
 def power_mel(wave: Tensor, n_fft: int, sample_rate_hz: int) -> Tensor:

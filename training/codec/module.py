@@ -11,8 +11,6 @@ the codec: that is one pass through the network, and says what each loss contrib
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,73 +20,14 @@ from torch import Tensor
 
 from musicgen import codec as codecs
 from musicgen.metrics.audio import chroma_agreement, log_mel_distance
-from pipelines.assemble import SplitConfig
 from training.codec import discriminator as adversary
 from training.codec import initial, quantiser
-from training.codec.balancer import Balancer, BalancerConfig
-from training.codec.discriminator import Discriminator, DiscriminatorConfig
+from training.codec.balancer import Balancer, mean_over_ranks
+from training.codec.config import CodecTrainConfig
+from training.codec.discriminator import Discriminator
 from training.codec.losses import LossConfig, reconstruction_losses
-from training.codec.quantiser import QuantiserConfig
 
-
-@dataclass(frozen=True)
-class CodecTrainConfig:
-    """Settings of `python -m training.codec.train`.
-
-    Args:
-        size: `demo` or `32khz` (see `musicgen.codec.CODEC_SIZES`).
-        data: catalogue URI, or a folder holding a PCM cache.
-        run: run folder; the same one resumes.
-        init: start from the weights of a codec folder, of another run, or of a run's state/last.ckpt; empty for none.
-        steps: optimiser steps in all.
-        cooldown_steps: last steps, over which the learning rate falls to zero.
-        warmup_steps: first steps, without quantisation.
-        adversarial_start: first step with the discriminator; null for none.
-        adversarial_ramp: steps over which the weights of its two losses rise from zero, while it learns to hear.
-        batch_size: crops per step and rank.
-        crop_seconds: length of a crop.
-        lr: Adam learning rate.
-        betas: Adam betas.
-        clip: gradient norm limit.
-        ema_decay: decay of the averaged weights per step.
-        validate_every: steps between validations, which also write a checkpoint.
-        validation_tracks: tracks looked at in a validation.
-        seed: addresses every random choice.
-        threads: CPU threads, 0 for all.
-        loss: weights of the losses.
-        warmup_loss: weights during the warm-up, where the waveform leads.
-        adversarial_loss: weights from `adversarial_start` on.
-        balancer: how gradients are balanced, where the weights in force ask for it.
-        discriminator: its shape and training.
-        splits: shares of the split groups (artist and work), as in the ingest of the same music.
-    """
-
-    size: str = "demo"
-    data: str = ""
-    run: str = "runs/codec"
-    init: str = ""
-    steps: int = 8000
-    cooldown_steps: int = 1500
-    warmup_steps: int = 1200
-    adversarial_start: int | None = None
-    adversarial_ramp: int = 200
-    batch_size: int = 4
-    crop_seconds: float = 1.0
-    lr: float = 2e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip: float = 10.0
-    ema_decay: float = 0.995
-    validate_every: int = 500
-    validation_tracks: int = 16
-    seed: int = 2036
-    threads: int = 0
-    splits: SplitConfig = field(default_factory=lambda: SplitConfig(0.85, 0.15, 0.0))
-    loss: LossConfig = field(default_factory=LossConfig)
-    warmup_loss: LossConfig = field(default_factory=lambda: LossConfig(wave=3.0, mel=0.3, tonal=1.0))
-    adversarial_loss: LossConfig = field(default_factory=lambda: LossConfig(balance=True, adversarial=1.0, feature=1.0))
-    quantiser: QuantiserConfig = field(default_factory=QuantiserConfig)
-    balancer: BalancerConfig = field(default_factory=BalancerConfig)
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+CLIP_SECONDS = 10
 
 
 @torch.no_grad()
@@ -112,7 +51,7 @@ class CodecModule(pl.LightningModule):
     def __init__(self, config: CodecTrainConfig, validation_audio: list[np.ndarray]) -> None:
         super().__init__()
         self.config = config
-        self.shape = codecs.CODEC_SIZES[config.size]
+        self.shape = config.network
         self.automatic_optimization = False
         torch.manual_seed(config.seed)
         self.network: Any = codecs.build(self.shape)
@@ -126,7 +65,6 @@ class CodecModule(pl.LightningModule):
         self.rebuild_sums = False
         self.validation_audio = validation_audio
         self.record: dict[str, float] = {}
-        self._clock = time.monotonic()
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -154,7 +92,8 @@ class CodecModule(pl.LightningModule):
         """What the losses ask of the decoder's output `[B, C, N]`, and the weights in force."""
         output = decoded.requires_grad_()
         weights = self.weights(step)
-        losses = reconstruction_losses(batch, output, weights, self.shape.sample_rate_hz)
+        with torch.autocast(batch.device.type, enabled=False):
+            losses = reconstruction_losses(batch, output, weights, self.shape.sample_rate_hz)
         if self._adversarial(step):
             losses |= self._hear(batch, output, step)
         factors = {name: self._ramp(name, step) * getattr(weights, name) for name in losses}
@@ -171,7 +110,7 @@ class CodecModule(pl.LightningModule):
         length = round(self.config.discriminator.seconds * self.shape.sample_rate_hz) or batch.shape[-1]
         start = np.random.default_rng([self.config.seed, step]).integers(max(1, batch.shape[-1] - length + 1))
         batch, output = (wave[..., start : start + length] for wave in (batch, output))
-        if (step - (self.config.adversarial_start or 0)) % self.config.discriminator.every == 0:
+        if (step - (self.config.adversarial_begin or 0)) % self.config.discriminator.every == 0:
             real, fake = critic(batch), critic(output.detach())
             loss = adversary.hinge_loss([v.logits for v in real], [v.logits for v in fake])
             self._check_finite(loss, loss, step)
@@ -215,14 +154,13 @@ class CodecModule(pl.LightningModule):
         return self.config.adversarial_loss if self._adversarial(step) else self.config.loss
 
     def _adversarial(self, step: int) -> bool:
-        start = self.config.adversarial_start
-        return start is not None and step >= max(start, self.config.warmup_steps)
+        begin = self.config.adversarial_begin
+        return begin is not None and step >= begin
 
     def _ramp(self, name: str, step: int) -> float:
         if name not in ("adversarial", "feature") or not self.config.adversarial_ramp:
             return 1.0
-        start = max(self.config.adversarial_start or 0, self.config.warmup_steps)
-        return min(1.0, (step - start) / self.config.adversarial_ramp)
+        return min(1.0, (step - (self.config.adversarial_begin or 0)) / self.config.adversarial_ramp)
 
     def on_train_batch_start(self, batch: Tensor, batch_index: int) -> None:
         """Start the codebooks by k-means at the end of the warm-up; or, where they came without, their sums."""
@@ -246,12 +184,12 @@ class CodecModule(pl.LightningModule):
 
     @torch.no_grad()
     def _latents(self) -> Tensor:
-        """Latents `[N, H]` of training audio that no step sees."""
+        """Latents `[N, H]` of training audio that no step sees; the same on every rank."""
         stream = self.trainer.train_dataloader.dataset  # type: ignore[union-attr]
         latents: list[Tensor] = []
         step = 0
         while sum(len(x) for x in latents) < self.config.quantiser.kmeans_latents:
-            batch = stream.batch(10_000_000 + step).to(self.device)
+            batch = stream.whole_batch(10_000_000 + step).to(self.device)
             z = self.network.encoder(batch)
             latents.append(z.permute(0, 2, 1).reshape(-1, z.shape[1]))
             step += 1
@@ -267,13 +205,13 @@ class CodecModule(pl.LightningModule):
         if self.discriminator is not None:
             own = config.discriminator
             adams.append(torch.optim.Adam(self.discriminator.parameters(), lr=own.lr, betas=own.betas))
-            begins.append(max(config.adversarial_start or 0, config.warmup_steps))
+            begins.append(config.adversarial_begin or 0)
         for adam, moments in zip(adams, self.start_moments, strict=False):
             adam.load_state_dict(adam.state_dict() | {"state": moments})
 
         def schedule(adam: torch.optim.Optimizer, begin: int, every: int) -> Any:
             def rate(updates: int) -> float:
-                warm = min(1.0, (updates + 1) / 50)
+                warm = min(1.0, (updates + 1) / max(1, config.lr_warmup))
                 left = (config.steps - begin - updates * every) / max(1, config.cooldown_steps)
                 return max(0.0, min(warm, left))
 
@@ -282,33 +220,49 @@ class CodecModule(pl.LightningModule):
         everies = (1, config.discriminator.every)
         return adams, [schedule(*each) for each in zip(adams, begins, everies, strict=False)]
 
+    def whole_record(self) -> dict[str, float]:
+        """The figures of the last step, averaged over the ranks; called on all of them."""
+        names, values = list(self.record), torch.tensor(list(self.record.values()), device=self.device)
+        return dict(zip(names, mean_over_ranks(values).tolist(), strict=True))
+
     # --- validation and state ---------------------------------------------------------------------------------
 
     def averaged(self) -> codecs.Codec:
         """A frozen codec with the averaged weights."""
+        return codecs.Codec(self.averaged_network(), "under-training").to(self.device)
+
+    @torch.no_grad()
+    def averaged_network(self) -> Any:
+        """A new network with the averaged weights, on the CPU."""
         network = codecs.build(self.shape)
         network.load_state_dict(self.network.state_dict())
-        with torch.no_grad():
-            for parameter, mean in zip(network.parameters(), self.ema, strict=True):
-                parameter.copy_(mean)
-        return codecs.Codec(network, "under-training")
+        for parameter, mean in zip(network.parameters(), self.ema, strict=True):
+            parameter.copy_(mean)
+        return network
 
-    def evaluate(self) -> dict[str, float]:
-        """Log-mel distance, chroma agreement and the share of each codebook in use, over the validation tracks."""
+    def evaluate(self) -> tuple[dict[str, float], list[np.ndarray]]:
+        """Log-mel distance, chroma agreement, share and perplexity of each codebook over the validation tracks; and
+        the first `clips` of them through the codec, `[C, N]` each."""
         codec = self.averaged()
         mel, chroma = [], []
-        used: list[set[int]] = [set() for _ in range(codec.num_codebooks)]
+        heard: list[np.ndarray] = []
+        counts = torch.zeros(codec.num_codebooks, codec.codebook_size)
         for audio in self.validation_audio:
             wave = torch.from_numpy(audio)
             codes = codec.encode(wave[None])
-            decoded = codec.decode(codes)[0, :, : wave.shape[-1]].mean(0).numpy()
-            original = wave.mean(0).numpy()
-            mel.append(log_mel_distance(original, decoded))
-            chroma.append(chroma_agreement(original, decoded))
-            for level in range(codec.num_codebooks):
-                used[level].update(codes[0, level].tolist())
+            decoded = codec.decode(codes)[0, :, : wave.shape[-1]].cpu().numpy()
+            if len(heard) < self.config.clips:
+                heard.append(decoded[:, : CLIP_SECONDS * codec.sample_rate])
+            mel.append(log_mel_distance(audio.mean(0), decoded.mean(0)))
+            chroma.append(chroma_agreement(audio.mean(0), decoded.mean(0)))
+            for level, chosen in enumerate(codes[0].cpu()):
+                counts[level] += torch.bincount(chosen, minlength=codec.codebook_size)
         result = {"valid/log_mel": float(np.mean(mel)), "valid/chroma": float(np.nanmean(chroma))}
-        return result | {f"valid/used_{k + 1}": len(s) / codec.codebook_size for k, s in enumerate(used)}
+        perplexity = torch.distributions.Categorical(counts).entropy().exp().tolist()
+        used = (counts > 0).float().mean(1).tolist()
+        for level in range(codec.num_codebooks):
+            result |= {f"valid/used_{level + 1}": used[level], f"valid/perplexity_{level + 1}": perplexity[level]}
+        return result, heard
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep EMA and balancer beside Lightning's state."""

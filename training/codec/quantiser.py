@@ -56,6 +56,12 @@ def _sum_over_ranks(*tensors: Tensor) -> None:
             dist.all_reduce(tensor)
 
 
+def _same_on_all_ranks(*tensors: Tensor) -> None:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
 def nearest(vectors: Tensor, entries: Tensor) -> Tensor:
     """Index of the Euclidean-nearest entry `[V, H]` for each vector `[N, H]`: int64 `[N]`."""
     return (vectors @ entries.t()).mul_(2).sub_(entries.square().sum(1)).argmax(1)
@@ -91,7 +97,8 @@ def initialise(quantizer: Any, latents: Tensor, config: QuantiserConfig, seed: i
         book.embed.copy_(centres)
         book.cluster_size.copy_(counts / mean_count)
         book.embed_avg.copy_(centres * book.cluster_size[:, None])
-        residual = residual - centres[nearest(residual, centres)]
+        _same_on_all_ranks(book.embed, book.cluster_size, book.embed_avg)
+        residual = residual - book.embed[nearest(residual, book.embed)]
 
 
 @torch.no_grad()

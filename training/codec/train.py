@@ -1,8 +1,9 @@
-"""Train an EnCodec: `python -m training.codec.train --data CATALOGUE_OR_CACHE --run runs/codec`; same run = resume.
+"""Train an EnCodec: `python -m training.codec.train --data CATALOGUE --run runs/codec`; same run = resume.
 
-Lightning drives, on a CPU or a GPU. Every `validate_every` steps the averaged weights are measured on held-out tracks,
-written to `runs/<name>/release/` when they are the best so far, and the whole state to `runs/<name>/state/last.ckpt`.
-The record is `runs/<name>/metrics.jsonl`, mirrored to Weights & Biases (offline when there is no key or network).
+Settings come from configs/codec/<size>.yaml, then from the command line. Lightning drives, on CPUs or GPUs. Every
+`validate_every` steps the averaged weights are measured on held-out tracks, written to `runs/<name>/release/` when they
+are the best so far, and the whole state to `runs/<name>/state/last.ckpt`. The record is `metrics.jsonl` and `samples/`,
+mirrored to Weights & Biases (offline when there is no key or network).
 """
 
 from __future__ import annotations
@@ -18,94 +19,141 @@ from typing import Any
 import numpy as np
 import yaml
 
-from musicgen import settings
+from musicgen import files, settings
 from musicgen.errors import UserError
 from training import record
+from training.folder import flat
+
+VALIDATION_SECONDS = 20
+MELS = ("train/log_mel", "train/mel", "train/msspec")
+# What may change between two starts of one run; hardware may, too.
+FREE = ("steps", "cooldown_steps", "run", "data", "clips")
 
 
 def main(argv: list[str]) -> int:
     """Parse settings, prepare the audio, fit or resume; 0 when the run reached its last step."""
     import warnings
 
-    import pytorch_lightning as pl
     import torch
-    from torch.utils.data import DataLoader
+    from pytorch_lightning.utilities import rank_zero_only
 
-    from musicgen import codec as codecs
+    from training import strategy
     from training.codec import data
+    from training.codec.config import read_config
     from training.codec.initial import start_from
-    from training.codec.module import CodecModule, CodecTrainConfig
+    from training.codec.module import CodecModule
 
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    config = settings.parse(CodecTrainConfig, argv, prog="python -m training.codec.train")
-    if config.size not in codecs.CODEC_SIZES:
-        raise UserError(f"unknown codec SIZE {config.size!r}; allowed: {', '.join(codecs.CODEC_SIZES)}")
-    if not config.data:
-        raise UserError("DATA is missing: give the URI of a catalogue (catalog.jsonl) or a PCM cache folder")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    run = Path(config.run)
+    config = read_config(argv)
+    strategy.check(config.hardware)
+    rank = int(getattr(rank_zero_only, "rank", 0) or 0)
+    run, shape = Path(config.run), config.network
+    if config.hardware.threads:
+        torch.set_num_threads(config.hardware.threads)
     run.mkdir(parents=True, exist_ok=True)
-    _keep_config(run, config)
+    if rank == 0:
+        _keep_config(run, config)
 
-    shape = codecs.CODEC_SIZES[config.size]
     cache = data.prepare(config.data, run / "pcm", shape, config.splits)
-    train, valid = data.open_cache(cache, "train"), data.open_cache(cache, "valid")
-    rng = np.random.default_rng(config.seed)
-    picks = sorted(rng.permutation(len(valid.track_ids))[: config.validation_tracks])
-    held_out = [valid.track(int(i))[:, : 20 * shape.sample_rate_hz] for i in picks]
-    num_samples = int(config.crop_seconds * shape.sample_rate_hz) // shape.hop * shape.hop
-    stream = data.CropStream(train, seed=config.seed, batch_size=config.batch_size, num_samples=num_samples)
-
-    module = CodecModule(config, held_out)
-    parameters = sum(p.numel() for p in module.network.parameters())
-    print(
-        f"codec {config.size}: {parameters:,} parameters; {train.hours:.2f} h in {len(train.track_ids)} tracks, "
-        f"{len(valid.track_ids)} held out; {config.steps} steps of {config.batch_size} × {config.crop_seconds} s",
-        flush=True,
-    )
-    last = run / "state" / "last.ckpt"
-    if last.is_file():
-        stream.first_step = torch.load(last, map_location="cpu", weights_only=True)["global_step"]
-        print(f"resuming at step {stream.first_step}", flush=True)
-    elif config.init:
-        print(f"starting from {start_from(module, config.init)}", flush=True)
-    logger = record.wandb_logger(run, _run_id(run), settings.to_dict(config))
-    watch = Watch(record.Record(run, stream.first_step, logger), config)
-    trainer = pl.Trainer(
-        max_steps=config.steps, max_epochs=-1, accelerator="auto", devices=1, logger=False, enable_checkpointing=False,
-        enable_model_summary=False, enable_progress_bar=False, num_sanity_val_steps=0,
-        callbacks=[watch],
+    train, valid = (data.open_cache(cache, split, shape) for split in ("train", "valid"))
+    stream = data.CropStream(
+        train, seed=config.seed, batch_size=config.batch_size, num_samples=config.crop_samples, rank=rank,
+        world=config.hardware.world,
     )  # fmt: skip
-    finished = 1
-    try:
-        trainer.fit(
-            module,
-            DataLoader(stream, batch_size=None),
-            ckpt_path=str(last) if last.is_file() else None,
-            weights_only=True,
-        )
-        finished = 0
-    finally:
-        watch.record.finish(finished)
-    print(f"codec written to {run / 'release'}")
+    names, held_out = _held_out(config, valid)
+    module = CodecModule(config, held_out)
+    last = run / "state" / "last.ckpt"
+    started = ""
+    if last.is_file():
+        stream.first_step = _step_of(last)
+        started = f"resuming at step {stream.first_step}"
+    elif config.init:
+        started = f"starting from {start_from(module, config.init)}"
+    if rank == 0:
+        _print_plan(module, train, valid, started)
+    _fit(module, stream, names, run, last if last.is_file() else None, first=rank == 0)
+    if rank == 0:
+        print(f"codec written to {run / 'release'}")
     return 0
 
 
+def _fit(module: Any, stream: Any, names: list[str], run: Path, last: Path | None, *, first: bool) -> None:
+    """Run Lightning's loop from the state `last`, recording on the first rank."""
+    from torch.utils.data import DataLoader
+
+    from training import strategy
+
+    config = module.config
+    logger = record.wandb_logger(run, _run_id(run), settings.to_dict(config)) if first else None
+    journal = record.Record(run, stream.first_step, logger) if first else None
+    watch = Watch(journal, run, config, names)
+    trainer = strategy.build_codec_trainer(config.hardware, steps=config.steps, callbacks=[watch])
+    finished = 1
+    try:
+        trainer.fit(module, DataLoader(stream, batch_size=None), ckpt_path=last, weights_only=True)
+        finished = 0
+    finally:
+        if journal is not None:
+            journal.finish(finished)
+
+
+def _held_out(config: Any, valid: Any) -> tuple[list[str], list[np.ndarray]]:
+    """Ids and first twenty seconds of the tracks that every validation looks at."""
+    order = np.random.default_rng(config.seed).permutation(len(valid.track_ids))
+    picks = sorted(int(i) for i in order[: config.validation_tracks])
+    samples = VALIDATION_SECONDS * config.network.sample_rate_hz
+    return [valid.track_ids[i] for i in picks], [valid.track(i)[:, :samples] for i in picks]
+
+
+def _step_of(last: Path) -> int:
+    """Completed steps of a state. Raises `UserError` when it cannot be read."""
+    import torch
+
+    try:
+        return int(torch.load(last, map_location="cpu", weights_only=True)["global_step"])
+    except Exception as error:
+        raise UserError(
+            f"{last} cannot be read ({type(error).__name__}). Delete it to start this run anew, or take another RUN "
+            f"and go on from the release: --init {last.parent.parent / 'release'}"
+        ) from error
+
+
+def _print_plan(module: Any, train: Any, valid: Any, started: str) -> None:
+    config = module.config
+    codec = sum(p.numel() for p in module.network.parameters())
+    critic = sum(p.numel() for p in module.discriminator.parameters()) if module.discriminator is not None else 0
+    print(
+        f"codec {config.size}: {codec:,} parameters, {'stereo' if config.network.channels == 2 else 'mono'}"
+        + (f", discriminator of {critic:,} from step {config.adversarial_start} on" if critic else "")
+        + f"; {train.hours:.2f} h in {len(train.track_ids)} tracks, {len(valid.track_ids)} held out; {config.steps} "
+        f"steps of {config.batch_size} × {config.crop_seconds} s" + (f"\n{started}" if started else ""),
+        flush=True,
+    )
+
+
 def _keep_config(run: Path, config: Any) -> None:
-    """Write the resolved settings; a run folder of other settings is refused, except for its length."""
-    path, now = run / "config.yaml", json.loads(json.dumps(settings.to_dict(config)))
+    """Write the resolved settings; a run folder of other settings is refused, except for its length and hardware."""
+
+    from musicgen import codec as codecs
+
+    def plain(of: Any) -> dict[str, Any]:
+        return json.loads(json.dumps(settings.to_dict(of)))
+
+    path = run / "config.yaml"
     if path.is_file():
-        before = yaml.safe_load(path.read_text())
-        free = {"steps", "cooldown_steps", "threads", "run", "data"}
-        changed = [k for k in now if k not in free and before.get(k) != now[k]]
-        if changed:
-            told = "; ".join(f"{k}: {before.get(k)} there, {now[k]} now" for k in changed)
+        # A setting that did not exist when the run began has its default, which is what the run did then.
+        stored = yaml.safe_load(path.read_text())
+        network = {"network": dataclasses.asdict(codecs.CODEC_SIZES[stored["size"]])}
+        before = flat(plain(type(config)())) | flat(json.loads(json.dumps(network))) | flat(stored)
+        now = flat(plain(config))
+        kept = [k for k in now if k not in FREE and not k.startswith("hardware.")]
+        told = "; ".join(f"{k}: {before.get(k)} there, {now[k]} now" for k in kept if before.get(k) != now[k])
+        if told:
             raise UserError(
                 f"run folder {run} was made with other settings ({told}); take another RUN or the old settings"
             )
-    path.write_text(yaml.safe_dump(now, sort_keys=False))
+    path.write_text(yaml.safe_dump(plain(config), sort_keys=False))
 
 
 def _run_id(run: Path) -> str:
@@ -123,14 +171,14 @@ def _callback_base() -> type:
 
 
 class Watch(_callback_base()):  # type: ignore[misc]
-    """Progress, metrics.jsonl, validation, state and release of a codec run."""
+    """Progress, metrics.jsonl, validation, clips, state and release of a codec run; `journal` on the first rank."""
 
-    def __init__(self, kept: record.Record, config: Any) -> None:
-        self.record, self.config = kept, config
-        self.run = kept.folder
+    def __init__(self, journal: record.Record | None, run: Path, config: Any, names: list[str]) -> None:
+        self.journal, self.run, self.config, self.names = journal, run, config, names
         self.began = time.monotonic()
         self.begin_step = 0
-        earlier = record.read_metrics(kept.metrics.path)
+        self.bar: Any = None
+        earlier = record.read_metrics(run / "metrics.jsonl")
         self.best = min((line["valid/score"] for line in earlier if "valid/score" in line), default=float("inf"))
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
@@ -138,6 +186,8 @@ class Watch(_callback_base()):  # type: ignore[misc]
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.began, self.begin_step = time.monotonic(), trainer.global_step
+        if self.journal is None:
+            return
         self.bar = Progress(
             TextColumn("codec"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.description}"),
@@ -148,40 +198,79 @@ class Watch(_callback_base()):  # type: ignore[misc]
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
         """Record every 50 steps; validate and save every `validate_every`."""
         step = trainer.global_step
-        self.bar.update(self.task, completed=step)
-        if step % 50 == 0 or step == self.config.steps:
-            seconds = time.monotonic() - self.began
-            rate = (step - self.begin_step) * self.config.batch_size * self.config.crop_seconds / seconds
-            self.record.log(step, {"train/audio_seconds_per_second": rate, **module.record})
-            mel = module.record.get("train/mel", module.record.get("train/msspec", float("nan")))
-            self.bar.update(self.task, description=f"mel {mel:.3f}, {rate:.1f} audio-s/s")
-        if step > self.config.warmup_steps and (step % self.config.validate_every == 0 or step == self.config.steps):
-            self._validate(trainer, module, step)
+        last = step == self.config.steps
+        figures = module.whole_record() if step % 50 == 0 or last else None
+        if self.journal is not None:
+            self.bar.update(self.task, completed=step)
+            if figures is not None:
+                self._record(figures, step)
+        if step > self.config.warmup_steps and (step % self.config.validate_every == 0 or last):
+            if self.journal is not None:
+                self._validate(module, step)
+            self._save(trainer)
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         """Close the bar."""
-        self.bar.stop()
+        self._close()
 
-    def _validate(self, trainer: Any, module: Any, step: int) -> None:
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
+        """Close the bar, so that the error stands below it."""
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def _record(self, figures: dict[str, float], step: int) -> None:
+        """Losses, gradient shares and speed of this step."""
+        journal: Any = self.journal
+        seconds = time.monotonic() - self.began
+        rate = (step - self.begin_step) * self.config.batch_size * self.config.crop_seconds / seconds
+        journal.log(step, {"train/audio_seconds_per_second": rate, **figures})
+        mel = next((figures[name] for name in MELS if name in figures), float("nan"))
+        self.bar.update(self.task, description=f"mel {mel:.3f}, {rate:.1f} audio-s/s")
+
+    def _validate(self, module: Any, step: int) -> None:
+        """Measure the averaged weights, write clips, and the release when they are the best so far."""
         from musicgen import codec as codecs
 
-        result = module.evaluate()
+        journal: Any = self.journal
+        result, heard = module.evaluate()
         result["valid/score"] = result["valid/log_mel"] - result["valid/chroma"]
-        self.record.log(step, result)
+        journal.log(step, result)
         self.bar.console.print(f"step {step}: " + ", ".join(f"{k[6:]} {v:.3f}" for k, v in result.items()))
+        journal.clips(step, self._clips(module, step, heard))
+        if result["valid/score"] < self.best:
+            self.best = result["valid/score"]
+            codecs.save(module.averaged_network(), self.run / "release")
+            about = {"step": step, **result, "config": dataclasses.asdict(self.config)}
+            (self.run / "release" / "training.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    def _clips(self, module: Any, step: int, heard: list[np.ndarray]) -> list[tuple[Path, str]]:
+        """Reconstructions in samples/, and once what they are reconstructions of: files and their captions."""
+        from musicgen import wav
+
+        clips = []
+        for name, original, decoded in zip(self.names, module.validation_audio, heard, strict=False):
+            stem = self.run / "samples" / "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:80]
+            before = stem.with_name(f"{stem.name}-original.wav")
+            after = stem.with_name(f"{stem.name}-step-{step:07d}.wav")
+            made = [(after, decoded, "reconstruction by the codec")]
+            if not before.is_file():
+                made.insert(0, (before, original[:, : decoded.shape[1]], "excerpt of a recording"))
+            for path, sound, what in made:
+                mark = {"what": what, "track_id": name, "step": step}
+                files.write_bytes(path, wav.encode(sound, module.shape.sample_rate_hz, mark, generated=False))
+                clips.append((path, f"{name}: {what}, step {step}"))
+        return clips
+
+    def _save(self, trainer: Any) -> None:
+        """The whole state; every rank takes part, the first one renames it when it is whole."""
         state = self.run / "state"
         state.mkdir(exist_ok=True)
         trainer.save_checkpoint(state / "last.ckpt.partial")
-        os.replace(state / "last.ckpt.partial", state / "last.ckpt")
-        if result["valid/score"] < self.best:
-            self.best = result["valid/score"]
-            network = codecs.build(module.shape)
-            network.load_state_dict(module.network.state_dict())
-            for parameter, mean in zip(network.parameters(), module.ema, strict=True):
-                parameter.data.copy_(mean)
-            codecs.save(network, self.run / "release")
-            about = {"step": step, **result, "config": dataclasses.asdict(self.config)}
-            (self.run / "release" / "training.json").write_text(json.dumps(about, indent=2) + "\n")
+        if trainer.is_global_zero:
+            os.replace(state / "last.ckpt.partial", state / "last.ckpt")
 
 
 if __name__ == "__main__":
