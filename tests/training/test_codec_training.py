@@ -345,6 +345,20 @@ def test_transformers_chooses_the_codes_of_training(cache: Path) -> None:
     assert (ours == theirs).float().mean() > 0.99 and len(ours.unique()) > 30
 
 
+def test_a_small_codec_improves_on_held_out_audio(cache: Path, tmp_path: Path) -> None:
+    """A thousand frames a second and two strides: easy enough to be learned in seconds, quantiser and all."""
+    argv = ["--data", str(cache), *SMALL, "--network.ratios", "[8, 4]", "--network.num_filters", "8"]
+    argv += ["--crop_seconds", "0.3", "--steps", "120", "--warmup_steps", "40", "--validate_every", "60"]
+    argv += ["--cooldown_steps", "30", "--ema_decay", "0.9", "--lr", "0.005"]
+    held_out = data.open_cache(cache, "valid").track(0)
+    before, _ = CodecModule(train_config(argv), [held_out]).evaluate()
+    assert train.main([*argv, "--run", str(tmp_path / "run")]) == 0
+    seen = [line for line in metrics(tmp_path / "run") if "valid/log_mel" in line]
+    assert seen[-1]["valid/log_mel"] < 0.7 * before["valid/log_mel"]
+    assert seen[-1]["valid/log_mel"] < seen[0]["valid/log_mel"]
+    assert min(seen[-1][f"valid/used_{level}"] for level in (1, 2, 3, 4)) > 0.3
+
+
 def train_config(argv: list[str]) -> CodecTrainConfig:
     """Parsed settings."""
     return read_config(["--data", "unused", *argv])
