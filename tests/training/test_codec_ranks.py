@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from musicgen import codec as codecs
-from training.codec import quantiser
+from tests.training.test_codec_training import SMALL, SMALL_CRITIC, melody
+from training.codec import data, quantiser, train
 from training.codec.quantiser import QuantiserConfig
 
 CONFIG = QuantiserConfig(decay=0.5, kmeans_iterations=3)
@@ -49,3 +55,30 @@ def test_codebooks_are_equal_on_both_ranks_and_those_of_one(tmp_path: Path) -> N
     for name, tensor in alone.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+    """The whole command: the same crops, losses, shares and codebooks, the discriminator listening from the start."""
+    data.write_cache(tmp_path / "pcm", "train", ((f"t{i}", melody(i)) for i in range(4)), 1)
+    data.write_cache(tmp_path / "pcm", "valid", iter([("v", melody(9))]), 1)
+    argv = ["--size", "32khz", "--data", str(tmp_path / "pcm"), *SMALL, *SMALL_CRITIC, "--batch_size", "4"]
+    argv += ["--warmup_steps", "0", "--steps", "3", "--hardware.accelerator", "cpu", "--lr", "1e-5"]
+    argv += ["--hardware.precision", "float32", "--adversarial_ramp", "0"]
+    assert train.main([*argv, "--run", str(tmp_path / "one")]) == 0
+    command = [sys.executable, "-m", "training.codec.train", *argv, "--run", str(tmp_path / "two")]
+    done = subprocess.run(
+        [*command, "--hardware.devices", "2"], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True, timeout=590,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [[json.loads(x) for x in (tmp_path / r / "metrics.jsonl").read_text().splitlines()] for r in ("one", "two")]
+    assert [len(x) for x in lines] == [2, 2]
+    for name, value in lines[0][0].items():
+        if name != "train/audio_seconds_per_second":
+            assert lines[1][0][name] == pytest.approx(value, rel=0.01, abs=0.002), name
+    one, two = (
+        torch.load(tmp_path / r / "state" / "last.ckpt", weights_only=True)["state_dict"] for r in ("one", "two")
+    )
+    for level in range(4):
+        name = f"network.quantizer.layers.{level}.codebook.embed_avg"
+        assert (one[name] - two[name]).norm() < 0.02 * one[name].norm()
