@@ -55,6 +55,8 @@ class TrainConfig:
             model is widened for a stereo one.
         steps: length of the training, and of the learning rate's schedule.
         stop_at: stop at this step and keep the schedule of `steps`; 0 goes to the end.
+        codebook_init: embeddings and heads start from the codec's codebooks (see `training.codebooks`); else, as in the
+            reference, at random.
         seed: of the initial weights and of everything drawn.
         codec: name or folder of the codec for the clips, where it is not the one the data set names.
         licence: licence of the weights, written into the release.
@@ -71,6 +73,7 @@ class TrainConfig:
     cache: str = ""
     run: str = ""
     init: str = ""
+    codebook_init: bool = False
     steps: int = 1_000_000
     stop_at: int = 0
     seed: int = 2036
@@ -277,6 +280,7 @@ def fit(config: TrainConfig) -> Path:
     from musicgen.lm import MusicLM
     from musicgen.weights import initial_state
     from training import callbacks, controls, data, record, sources, strategy
+    from training.codebooks import start_from_codebooks
     from training.module import MusicLMModule
 
     _quiet_libraries()
@@ -318,6 +322,8 @@ def fit(config: TrainConfig) -> Path:
     lm = strategy.build_model(functools.partial(MusicLM, config.lm), plan, rank)
     if weights is not None:
         lm.load_state_dict(weights)
+    elif config.codebook_init and not start and (is_zero or plan.shards == 1):
+        start_from_codebooks(lm, load_codec(shards, config.codec))
     rule = data.crop_rule(config.batch, shards.info["codec"]["frame_rate"])
     module = MusicLMModule(
         lm,
