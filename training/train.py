@@ -143,7 +143,7 @@ def load_codec(shards: Sources, name: str) -> Codec:
     except (UserError, OSError) as error:
         raise UserError(
             f"DATA holds tokens of codec {made_by['name']!r}, and {name!r} could not be loaded: {error}. "
-            "Give its folder with --codec, or train without clips: --log.clips 0"
+            "Give its folder with --codec, or train without it: --log.clips 0 --codebook_init false"
         ) from error
     if codec.identity != made_by["identity"]:
         raise UserError(

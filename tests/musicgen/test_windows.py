@@ -218,7 +218,7 @@ def test_requests_that_cannot_be(model: generate.MusicGen, monkeypatch: pytest.M
 
 def test_shipped_model_has_no_click_or_noise_at_borders_and_end() -> None:
     """The demo model over two windows of 10 s, the second from 6 s on: where the new codes begin and in the last half
-    second neither jumps between samples nor the flatness of the spectrum leave what the clip has elsewhere."""
+    second neither jumps between samples nor the flatness of the spectrum exceed by half what the clip has elsewhere."""
     model = generate.load("demo")
     audio, _ = generate.generate(model, ["slow waltz for piano"], 13.0, [3])
     quarter = model.codec.sample_rate // 4
@@ -229,7 +229,7 @@ def test_shipped_model_has_no_click_or_noise_at_borders_and_end() -> None:
         border[39:41] = border[-2:] = True
         jumps = blocks.diff(dim=1).abs().amax(dim=1)
         flatness = torch.tensor([spectral_flatness(block) for block in blocks])
-        return any(float(m[border].max()) > float(m[~border].max()) for m in (jumps, flatness))
+        return any(float(m[border].max()) > 1.5 * float(m[~border].max()) for m in (jumps, flatness))
 
     assert not stands_out(audio)
     noisy, clicked = audio.clone(), audio.clone()

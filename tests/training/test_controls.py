@@ -126,6 +126,7 @@ def test_what_only_attributes_and_melody_tell_is_learned(shards: ShardSet) -> No
 
 def test_a_run_learns_its_attributes_and_its_release_takes_them(folder: Path, tmp_path: Path) -> None:
     argv = ["--size", "demo", "--data", str(folder), "--run", str(tmp_path / "run"), "--steps", "2"]
+    argv += ["--codebook_init", "false"]
     argv += ["--batch.size", "4", "--batch.crop_seconds", "0.64", "--batch.workers", "0", "--log.clips", "0"]
     argv += ["--lm.codebook_size", "64", "--hardware.accelerator", "cpu", "--hardware.precision", "float32"]
     argv += ["--lm.condition.attributes", '[{"name": "genre"}, {"name": "tempo"}]']

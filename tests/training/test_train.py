@@ -36,7 +36,7 @@ from training.module import NonFiniteLoss
 SMALL = shlex.split(
     "--lm.dim 32 --lm.num_layers 2 --lm.num_heads 2 --lm.codebook_size 64 --batch.crop_seconds 2.56 --batch.size 8 "
     "--optim.lr 1e-2 --optim.warmup_steps 5 --hardware.precision float32 --hardware.accelerator cpu "
-    "--log.every 5 --log.valid_every 20 --log.state_every 20 --log.clips 0 --steps 40"
+    "--codebook_init false --log.every 5 --log.valid_every 20 --log.state_every 20 --log.clips 0 --steps 40"
 )
 TIMING = ("train/audio_seconds_per_second", "train/outside_model_share", "train/memory_gib")
 
