@@ -112,7 +112,7 @@ def pipeline(
         checks.CheckConfig(),
         audio.DecodeConfig(),
         chosen,
-        config.codec_name,
+        config.codec,
         codec.identity,
         codec.sample_rate,
         codec.channels,
@@ -148,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
     config = settings.parse(BenchConfig, argv, prog="python -m benchmarks.ingest")
     console = Console(file=sys.stdout)
     torch.set_num_threads(1)
-    codec, chosen = stages.load_codec(config.codec_name), analysis.backend(config.analysis)
+    codec, chosen = stages.load_codec(config.codec), analysis.backend(config.analysis)
     sources = good_sources(config)
     step = max(1, len(sources) // config.bare_tracks)
     with tempfile.TemporaryDirectory() as scratch:
