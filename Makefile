@@ -21,7 +21,7 @@ export WANDB_SILENT ?= true
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo test test-slow ingest plan train generate import export codec codec-eval check check-music bench bench-generate bench-codec bench-loader bench-train bench-gpu assets music lock clean
+.PHONY: help setup dev demo test test-slow ingest plan train generate import merge export codec codec-eval check check-music check-finetune ablate bench bench-generate bench-codec bench-loader bench-train bench-gpu assets music lock clean
 
 help: ## this list
 	@echo "usage: make TARGET [NAME=value …] [ARGS='--setting value …']"
@@ -56,17 +56,20 @@ ingest: setup ## CATALOG=… OUT=…: licensed catalogue to shards (safe to run 
 plan: setup ## SIZE=3.3b GPUS=64 GPU=h100-80: memory, strategy, time of a training, before anything is bought
 	$(BIN)/python -m training.budget --size "$(SIZE)" $(if $(GPUS),--gpus "$(GPUS)") $(if $(GPU),--gpu "$(GPU)") $(ARGS)
 
-train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=… [GPUS=8 INIT=release]: train, or resume the same RUN
-	$(BIN)/python -m training.train --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/$(SIZE))" $(if $(GPUS),--hardware.devices "$(GPUS)") $(if $(INIT),--init "$(INIT)") $(ARGS)
+train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=… [GPUS=8 INIT=model LORA=16]: train, fine-tune, or resume the same RUN
+	$(BIN)/python -m training.train --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/$(SIZE))" $(if $(GPUS),--hardware.devices "$(GPUS)") $(if $(INIT),--init "$(INIT)") $(if $(LORA),--lora.rank "$(LORA)") $(ARGS)
 
-generate: setup ## PROMPT="…" DURATION=10 [MODEL=… OUT=… SEED=… MELODY=… AUDIO=… STREAM=1]: text to wav
-	$(BIN)/python -m musicgen.generate --model "$(or $(MODEL),demo)" --duration "$(DURATION)" --seed "$(SEED)" --out "$(or $(OUT),out.wav)" $(if $(MELODY),--melody "$(MELODY)") $(if $(AUDIO),--prompt_audio "$(AUDIO)") $(if $(STREAM),--stream true) $(ARGS)
+generate: setup ## PROMPT="…" DURATION=10 [MODEL=… BASE=… OUT=… SEED=… MELODY=… AUDIO=… STREAM=1]: text to wav
+	$(BIN)/python -m musicgen.generate --model "$(or $(MODEL),demo)" --duration "$(DURATION)" --seed "$(SEED)" --out "$(or $(OUT),out.wav)" $(if $(MELODY),--melody "$(MELODY)") $(if $(AUDIO),--prompt_audio "$(AUDIO)") $(if $(STREAM),--stream true) $(if $(BASE),--base "$(BASE)") $(ARGS)
 
 import: setup ## FROM=… OUT=…: a transformers folder, audiocraft's files or a hub name as a release of ours
 	$(BIN)/python -m musicgen.interop.command import --source "$(FROM)" --out "$(OUT)" $(ARGS)
 
+merge: setup ## MODEL=… OUT=… [BASE=…]: an adapter (LORA=) and the model it was made for as one release
+	$(BIN)/python -m musicgen.interop.command merge --model "$(MODEL)" --out "$(OUT)" $(if $(BASE),--base "$(BASE)") $(ARGS)
+
 export: setup ## MODEL=… TO=transformers|audiocraft OUT=…: a release for other programs
-	$(BIN)/python -m musicgen.interop.command export --model "$(or $(MODEL),demo)" --to "$(or $(TO),transformers)" --out "$(OUT)" $(ARGS)
+	$(BIN)/python -m musicgen.interop.command export --model "$(or $(MODEL),demo)" --to "$(or $(TO),transformers)" --out "$(OUT)" $(if $(BASE),--base "$(BASE)") $(ARGS)
 
 codec: setup ## [SIZE=demo|32khz DATA=… RUN=… INIT=…]: train an EnCodec from a catalogue or audio shards
 	$(BIN)/python -m training.codec.train --size "$(SIZE)" --data "$(or $(DATA),$(wildcard $(MUSIC)/catalog.jsonl),musicgen/assets/catalogue/catalog.jsonl)" --run "$(or $(RUN),runs/codec-$(SIZE))" $(if $(INIT),--init "$(INIT)") $(ARGS)
@@ -79,6 +82,12 @@ check: dev ## ruff, mypy, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check-finetune: setup ## [DATA=… MODEL=demo]: fine-tune on ten minutes, whole and by an adapter: does it help, and not collapse?
+	$(BIN)/python -m training.finetune_check --model "$(or $(MODEL),demo)" --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --out "$(or $(OUT),runs/check-finetune)" $(ARGS)
+
+ablate: setup ## [DATA=… STEPS=300 OUT=runs/ablate]: the paper's codebook patterns for equal updates and equal compute
+	$(BIN)/python -m training.ablate --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --out "$(or $(OUT),runs/ablate)" $(if $(STEPS),--steps "$(STEPS)") $(ARGS)
 
 check-music: setup ## [MODEL=… DATA=…]: does the model make music, and the music asked for?
 	$(BIN)/python -m training.music_check --model "$(or $(MODEL),demo)" --data "$(or $(DATA),$(DEMO)/data)" $(ARGS)

@@ -54,7 +54,8 @@ class GenerateConfig:
     """One prompt to one WAV file.
 
     Args:
-        model: `demo`, a release folder (runs/<name>/release) or its URI.
+        model: `demo`, a release folder (runs/<name>/release) or its URI; an adapter's folder too.
+        base: the model that an adapter was made for, where it stands elsewhere than in training (BASE=).
         prompt: the text; when left out, the environment variable PROMPT.
         unconditional: play without a prompt.
         negative_prompt: what to move away from, with the strength of the guidance.
@@ -79,6 +80,7 @@ class GenerateConfig:
     """
 
     model: str = "demo"
+    base: str = ""
     prompt: str = ""
     unconditional: bool = False
     negative_prompt: str = ""
@@ -137,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(EMPTY_PROMPT)
     check_duration(config.duration)
     _check_out(config.out, config.stream)
-    model = load(config.model, config.codec, config.device, config.precision)
+    model = load(config.model, config.codec, config.device, config.precision, config.base)
     request, told = _request(model, prompt, config)
     for hint in hints(model, prompt, config.duration):
         print(f"warning: {hint}", file=sys.stderr)

@@ -53,14 +53,16 @@ def load(
     codec: Codec | str | None = None,
     device: str = "cpu",
     precision: Precision = "float32",
+    base: str = "",
 ) -> MusicGen:
     """A model ready to generate.
 
     Args:
-        model: `demo` (ships with the program), a release folder, or its URI.
+        model: `demo` (ships with the program), a release folder, or its URI; an adapter's folder too.
         codec: the codec, or its name or folder, where it stands elsewhere than the release says.
         device: where everything runs: `cpu`, `cuda`, `auto`.
         precision: of the weights while generating: `float32`, `bf16`, `float16` or `int8` (see `musicgen.packing`).
+        base: the model that an adapter was made for, where it stands elsewhere than in training.
 
     Raises:
         UserError: not a release, or its codec or text encoder is missing or another one.
@@ -71,9 +73,9 @@ def load(
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is not known; give one of {', '.join(PRECISIONS)}")
     where = _device(device)
-    lm, info = weights.load_release(model)
+    lm, info = weights.load_release(model, base)
     if codec is None or isinstance(codec, str):
-        name = codec or weights.place_of(model, info, "codec")
+        name = codec or weights.place_of(model, info, "codec", base)
         try:
             codec = codecs.load(name)
         except (UserError, OSError) as error:
@@ -82,7 +84,7 @@ def load(
                 f"{error}. Give its folder with --codec"
             ) from error
     weights.check_codec(info, codec)
-    encoder = TextEncoder.load(weights.place_of(model, info, "text_encoder"))
+    encoder = TextEncoder.load(weights.place_of(model, info, "text_encoder", base))
     if encoder.identity != info["text_encoder"]["identity"]:
         raise UserError(
             f"MODEL={os.fspath(model)!r} was trained with another text encoder than the {encoder.name!r} on this "

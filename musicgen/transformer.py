@@ -66,20 +66,25 @@ class Attention(nn.Module):
     def _merge(self, x: Tensor) -> Tensor:
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
+    def _project(self, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+        """Projections number `first` to `last - 1` of q, k, v (`musicgen.adapters` has them in layers of their own)."""
+        dim = self.in_proj_weight.shape[1]
+        rows = self.in_proj_weight if last - first == 3 else self.in_proj_weight[first * dim : last * dim]
+        return F.linear(x, rows).chunk(last - first, dim=-1)
+
     def causal(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Self-attention over a whole sequence, `[B, S, D]` to `[B, S, D]`; `mask` `[B, 1, S, S]` replaces causal."""
-        q, k, v = (self._heads(p) for p in F.linear(x, self.in_proj_weight).chunk(3, dim=-1))
+        q, k, v = (self._heads(p) for p in self._project(x, 0, 3))
         return self._merge(attend(q, k, v, mask))
 
     def project_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, H, L, D/H]` of the projected text `[B, L, D]`."""
-        dim = text.shape[-1]
-        k, v = F.linear(text, self.in_proj_weight[dim:]).chunk(2, dim=-1)
+        k, v = self._project(text, 1, 3)
         return self._heads(k), self._heads(v)
 
     def cross(self, x: Tensor, keys: Tensor, values: Tensor, text_mask: Tensor) -> Tensor:
         """Attention of `[B, S, D]` to the text; rows of `text_mask` `[B, L]` without a token give exactly zero."""
-        q = self._heads(F.linear(x, self.in_proj_weight[: x.shape[-1]]))
+        q = self._heads(self._project(x, 0, 1)[0])
         has_text = text_mask.any(dim=-1)
         # A fully masked row would be a softmax over nothing (NaN); let it see its padding and erase the result.
         seen = text_mask | ~has_text[:, None]

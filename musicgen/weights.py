@@ -26,6 +26,7 @@ from musicgen import config, files, settings
 from musicgen.errors import UserError
 
 FORMAT = "musicgen-release"
+ADAPTER = "musicgen-adapter"  # what it learned on top of another model: see musicgen.adapters
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 DEMO = Path(__file__).parent / "assets" / "model"
@@ -55,9 +56,6 @@ def save_release(
 
     if dtype not in (torch.float32, torch.float16):
         raise ValueError(f"a release is stored as float32 or float16, not {dtype}")
-    target = files.local_path(folder)
-    if target is None:
-        raise UserError(f"a release is written to a local folder, not {os.fspath(folder)!r}; copy it from there")
     for required in ("codec", "text_encoder", "training"):
         if required not in info:
             raise ValueError(f"info lacks {required!r}; a release names its codec, text encoder and training")
@@ -75,11 +73,29 @@ def save_release(
             "parameters": sum(t.numel() for t in state.values()),
         },
     }
+    return write_folder(folder, document, {WEIGHTS: weights}, folders)
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    document: dict[str, Any],
+    contents: Mapping[str, bytes],
+    folders: Mapping[str, Path] | None = None,
+) -> Path:
+    """Write config.json (`document`), files and copies of folders as one folder, whole or absent; an old one goes.
+
+    Raises:
+        UserError: not a local folder, or it cannot be written.
+    """
+    target = files.local_path(folder)
+    if target is None:
+        raise UserError(f"a release is written to a local folder, not {os.fspath(folder)!r}; copy it from there")
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     aside = temporary.with_suffix(".old")
     try:
         temporary.mkdir(parents=True)
-        (temporary / WEIGHTS).write_bytes(weights)
+        for name, raw in contents.items():
+            (temporary / name).write_bytes(raw)
         for name, source in (folders or {}).items():
             shutil.copytree(source, temporary / name)
         (temporary / CONFIG).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -111,9 +127,17 @@ def resolve(model: str | os.PathLike[str]) -> str:
     return str(DEMO) if os.fspath(model) == "demo" else sources.as_release(os.fspath(model))
 
 
-def place_of(model: str | os.PathLike[str], info: dict[str, Any], part: str) -> str:
-    """Where the `codec` or `text_encoder` of a release is loaded from: its own copy when it has one, else its name."""
+def place_of(model: str | os.PathLike[str], info: dict[str, Any], part: str, base: str = "") -> str:
+    """Where the `codec` or `text_encoder` of a release is loaded from: its own copy when it has one, else its name.
+
+    An adapter's are those of its base (`base` as in `load_release`).
+    """
     named = info[part]
+    if info["format"] == ADAPTER:
+        from musicgen import adapters
+
+        under = adapters.find_base(model, info, base)
+        return place_of(under, read_info(under), part)
     place = files.local_path(files.join(resolve(model), named["folder"])) if named.get("folder") else None
     if place is None or not place.is_dir():
         return str(named["name"])
@@ -153,7 +177,7 @@ def read_info(model: str | os.PathLike[str]) -> dict[str, Any]:
         info = json.loads(raw)
     except ValueError as error:
         raise UserError(f"MODEL={name!r}: {CONFIG} is not JSON ({error}); write the release again") from None
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
+    if not isinstance(info, dict) or info.get("format") not in (FORMAT, ADAPTER):
         kind = info.get("model_type") or info.get("format") if isinstance(info, dict) else None
         raise UserError(
             f"MODEL={name!r} is not a release of this program: {CONFIG} says {kind!r} instead of format {FORMAT!r}; "
@@ -168,14 +192,17 @@ def read_info(model: str | os.PathLike[str]) -> dict[str, Any]:
     return info
 
 
-def load_release(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
+def load_release(folder: str | os.PathLike[str], base: str = "", *, quiet: bool = False) -> tuple[Any, dict[str, Any]]:
     """A `MusicLM` (float32, eval mode, CPU) and the release's `config.json`.
 
     Args:
-        folder: `demo`, a release folder, or its URI.
+        folder: `demo`, a release folder, or its URI; an adapter comes merged into the model it was made for.
+        base: the folder of that model, where it stands elsewhere than in training.
+        quiet: do not print the licences that the model inherits.
 
     Raises:
-        UserError: not a release, weights missing, cut short, altered, or of another shape than the settings say.
+        UserError: not a release, weights missing, cut short, altered, or of another shape than the settings say; an
+            adapter whose base is not here.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -184,6 +211,15 @@ def load_release(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
 
     name, place = os.fspath(folder), resolve(folder)
     info = read_info(folder)
+    if base and info["format"] != ADAPTER:
+        raise UserError(f"BASE={base!r} is for adapters; MODEL={name!r} is a whole model. Leave BASE out")
+    if info["format"] == ADAPTER:
+        from musicgen import adapters
+
+        lm = adapters.load(folder, info, base)
+        if not quiet and (text := notice(info)):
+            print(text, file=sys.stderr)
+        return lm, info
     try:
         raw = files.read_bytes(files.join(place, WEIGHTS))
     except FileNotFoundError:
@@ -208,7 +244,7 @@ def load_release(folder: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
         lm.load_state_dict({key: tensor.float() for key, tensor in state.items()})
     except RuntimeError as error:
         raise UserError(f"MODEL={name!r}: {WEIGHTS} does not fit the settings in {CONFIG}: {error}") from None
-    if text := notice(info):
+    if not quiet and (text := notice(info)):
         print(text, file=sys.stderr)
     return lm.eval().requires_grad_(False), info
 

@@ -105,6 +105,7 @@ class Task:
         bf16: autocast, else float32.
         moments: float32 numbers per parameter that the optimiser keeps.
         crop_seconds: length of a crop, for the words.
+        adapter: parameters of an adapter, which alone are trained; 0 trains the model.
     """
 
     lm: LMConfig
@@ -114,6 +115,17 @@ class Task:
     bf16: bool = True
     moments: int = 2
     crop_seconds: float = 30.0
+    adapter: int = 0
+
+    @property
+    def trained(self) -> int:
+        """Parameters that have a gradient, moments and an average."""
+        return self.adapter or self.lm.num_parameters()
+
+    @property
+    def clip_flop(self) -> float:
+        """Model FLOP of one training clip: `FLOP_RULE`, less the frozen weights' own gradients under an adapter."""
+        return train_flop(self.lm, self.frames) * (2 / 3 if self.adapter else 1)
 
 
 @dataclass(frozen=True)
@@ -151,7 +163,7 @@ class Plan:
     @property
     def step_flop(self) -> float:
         """Model FLOP of a step on all ranks."""
-        return self.task.batch * train_flop(self.task.lm, self.task.frames)
+        return self.task.batch * self.task.clip_flop
 
     def compute_seconds(self, rate: float) -> float:
         """Seconds of computing per step at `rate` model FLOP per second and rank; a recomputed forward is extra."""
@@ -173,7 +185,7 @@ class Plan:
             rate = across if self.shards > self.ranks // self.nodes else self.device.link
             seconds += self.accumulate * n * (2 * (2 if self.task.bf16 else 4) + 4) / rate
         if self.shards < self.ranks:
-            seconds += 2 * 4 * n / self.shards / across
+            seconds += 2 * 4 * self.task.trained / self.shards / across
         return seconds
 
 
@@ -186,13 +198,13 @@ def memory_by_part(
     one rank alone they grow while the activations shrink, so the larger of the two counts.
     """
     lm, low = task.lm, 2 if task.bf16 else 4
-    n = lm.num_parameters()
+    n, moving = lm.num_parameters(), task.trained
     layers = n - 2 * lm.num_codebooks * lm.codebook_size * lm.dim
     block, s = layers / lm.num_layers, positions(lm, task.frames)
     layer = layer_activations(lm, task.frames, bf16=task.bf16, cpu=device.is_cpu, checkpointing="none")
     kept = layer_activations(lm, task.frames, bf16=task.bf16, cpu=device.is_cpu, checkpointing=checkpointing)
     activations = micro * (lm.num_layers * kept + (layer if checkpointing != "none" else 0.0))
-    gradients = 4.0 * n / shards
+    gradients = 4.0 * moving / shards
     if ranks == 1 and accumulate == 1:
         gradients = max(gradients - activations, 0.0)
     if shards > 1:  # the block at work and the next one gathered, the gradient of one on its way; the root stays whole
@@ -201,11 +213,11 @@ def memory_by_part(
         copies = low * layers if task.bf16 else 0.0
     heads = lm.num_codebooks * (micro * s * lm.dim * (low + 4) + 4.0 * lm.codebook_size * lm.dim)
     return {
-        "weights": 4.0 * n / shards,
+        "weights": 4.0 * (n + task.adapter) / shards,
         "copies at work": copies,
         "gradients": gradients,
-        "optimiser": 4.0 * task.moments * n / shards,
-        "EMA": 4.0 * n / shards,
+        "optimiser": 4.0 * task.moments * moving / shards,
+        "EMA": 4.0 * moving / shards,
         "activations": activations,
         "logits and loss": heads,
         "text encoder": 4.0 * ENCODERS.get(lm.condition.text_encoder, 0.0),
@@ -286,6 +298,13 @@ def _layouts(
     """Strategies worth trying, in order, each with the ranks per copy and the reason."""
     if ranks == 1:
         return [("single", 1, "one process")]
+    if task.adapter:
+        if strategy not in ("auto", "ddp"):
+            raise UserError(
+                f"hardware.strategy {strategy} with LORA: an adapter is trained on copies of the model alone, whose "
+                "frozen weights have no gradients, moments or average to shard; set ddp or auto"
+            )
+        return [("ddp", 1, "an adapter's gradients are small, so copies of the frozen model talk least")]
     group = shard_group or max(ranks // nodes, 1)
     if strategy == "hybrid" and (ranks % group or not 1 < group < ranks):
         allowed = [g for g in range(2, ranks) if ranks % g == 0]
@@ -358,10 +377,18 @@ def lines(plan: Plan, *, name: str, rate: float | None, rate_said: str) -> list[
     task, lm, device = plan.task, plan.task.lm, plan.device
     unit = "process" if device.is_cpu else "GPU"
     where = f"{plan.ranks} x {device.name}" + (f" on {plan.nodes} nodes" if plan.nodes > 1 else "")
-    per_clip, common = train_flop(lm, task.frames), common_flop(lm, task.frames)
+    per_clip, common = task.clip_flop, common_flop(lm, task.frames)
     out = [
         f"model     {name}: {lm.num_parameters():,} parameters ({lm.num_layers} layers, width {lm.dim}, "
         f"{lm.num_heads} heads), text encoder {lm.condition.text_encoder}",
+        *(
+            [
+                f"adapter   {task.adapter:,} parameters are trained ({task.adapter / lm.num_parameters():.2%}); no "
+                "gradients of the others: 2/3 of the FLOP"
+            ]
+            if task.adapter
+            else []
+        ),
         f"step      {task.batch} x {task.crop_seconds:g} s = {task.batch * task.crop_seconds:,.0f} s of audio, "
         f"{plan.step_flop:.3g} FLOP ({FLOP_RULE}; by (6N + 12LdT) T {common / per_clip:.2f} times that)",
         f"hardware  {where}, {'bf16 with float32 master weights' if task.bf16 else 'float32'}, "

@@ -175,6 +175,7 @@ class Validation(EachStep):
         every: steps between two validations.
         unigram: loss of a unigram model on the same crops, mean over codebooks, in nats.
         release: writes the release folder from the averaged model, the module and a validation loss.
+        before: validate before the first step too: a fine-tuning is read against what it starts from.
     """
 
     def __init__(
@@ -186,23 +187,38 @@ class Validation(EachStep):
         unigram: float,
         release: Callable[[MusicLM, MusicLMModule, float | None], None],
         stopwatch: Stopwatch,
+        *,
+        before: bool = False,
     ) -> None:
         super().__init__(last_step)
-        self.record, self.batches, self.every = record, batches, every
+        self.record, self.batches, self.every, self.before = record, batches, every, before
         self.unigram, self.release, self.stopwatch = unigram, release, stopwatch
         self.texts: dict[int, tuple[Tensor, Tensor]] = {}
         self.latest: dict[str, float] = {}
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not (self.before and self.batches and pl_module.progress.step == 0):
+            return
+        began = time.perf_counter()
+        loss = self._score(pl_module, 0)["valid/loss"]
+        if trainer.is_global_zero:
+            print(f"before    valid loss {loss:.3f} of the model that this run starts from", flush=True)
+        self.stopwatch.pause(began)
+
+    def _score(self, module: MusicLMModule, step: int) -> dict[str, float]:
+        metrics = module.validate(self.batches, self.texts)
+        metrics["valid/below_unigram"] = self.unigram - metrics["valid/loss"]
+        self.latest = metrics
+        if self.record is not None:
+            self.record.log(step, metrics)
+        return metrics
 
     def after_step(self, trainer: pl.Trainer, module: MusicLMModule, step: int) -> None:
         if not self.due(step, self.every):
             return
         began = time.perf_counter()
         if self.batches:
-            metrics = module.validate(self.batches, self.texts)
-            metrics["valid/below_unigram"] = self.unigram - metrics["valid/loss"]
-            self.latest = metrics
-            if self.record is not None:
-                self.record.log(step, metrics)
+            metrics = self._score(module, step)
             best = module.progress.best_loss
             if best is None or metrics["valid/loss"] < best:
                 module.progress.best_loss, module.progress.best_step = metrics["valid/loss"], step

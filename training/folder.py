@@ -54,6 +54,13 @@ def check_same_run(folder: Path, stored: dict[str, Any], wanted: dict[str, Any],
                 f"{wanted[part]['identity'][:12]}…), whose numbers mean other things. Use the one of the run, or "
                 "give another RUN to start anew"
             )
+    if stored.get("base") != wanted.get("base") and stored.get("base"):
+        raise UserError(
+            f"RUN={str(folder)!r} trains an adapter of the model {stored['base']['name']!r} (identity "
+            f"{stored['base']['identity'][:12]}…), but INIT is now "
+            + (f"another one (identity {wanted['base']['identity'][:12]}…)" if wanted.get("base") else "no base at all")
+            + ". Give the model it began with, or another RUN to start anew"
+        )
     if stored["dataset_version"] != wanted["dataset_version"]:
         raise UserError(
             f"RUN={str(folder)!r} was trained on data version {stored['dataset_version'][:12]}…, DATA now has version "

@@ -34,7 +34,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         low_weight = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden, dtype=dtype)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        moves = ctx.needs_input_grad[1]  # a frozen head (an adapter's base) needs none
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if moves else None
         for start in range(0, len(hidden), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             low_hidden = hidden[rows].to(dtype)
@@ -50,7 +51,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
             total -= logs.sum()
             low = p.to(dtype)
             grad_hidden[rows] = low @ low_weight
-            grad_weight += low.t() @ low_hidden
+            if grad_weight is not None:
+                grad_weight += low.t() @ low_hidden
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.types = hidden.dtype, weight.dtype
         return total
@@ -59,7 +61,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
         types = ctx.types
-        return (grad_hidden * grads[0]).to(types[0]), (grad_weight * grads[0]).to(types[1]), None, None, None
+        of_weight = None if grad_weight is None else (grad_weight * grads[0]).to(types[1])
+        return (grad_hidden * grads[0]).to(types[0]), of_weight, None, None, None
 
 
 def cross_entropy_sums(

@@ -64,6 +64,7 @@ class MusicLMModule(pl.LightningModule):
         self.optim_config, self.total_steps = config, total_steps
         self.crop_frames, self.accumulate, self.frame_rate = crop_frames, accumulate, frame_rate
         self.seed = seed
+        self.draws = lm.config.dropout > 0 or any(isinstance(m, nn.Dropout) and m.p > 0 for m in lm.modules())
         self._prepare, self.resume = prepare, resume
         self.progress = state.Progress(accumulate=accumulate)
         self.sums = torch.zeros(lm.config.num_codebooks)
@@ -110,7 +111,7 @@ class MusicLMModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Loss of one part of a step, scaled so that all parts of all ranks add up to the global batch's mean."""
-        if self.lm.config.dropout:  # the only thing a step draws from torch's generators: address it too
+        if self.draws:  # the only thing a step draws from torch's generators: address it too
             torch.manual_seed(hash((self.seed, batch.step, batch_index % self.accumulate, self.global_rank)))
         sums, counts = self.score(batch)
         if batch_index % self.accumulate == 0:
@@ -146,8 +147,8 @@ class MusicLMModule(pl.LightningModule):
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimiser over the language model."""
-        return optim.build_optimizer(self.lm.parameters(), self.optim_config)
+        """The optimiser over what is trained of the language model."""
+        return optim.build_optimizer(optim.trained(self.lm).values(), self.optim_config)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Set the learning rate of this step."""
@@ -218,7 +219,8 @@ class MusicLMModule(pl.LightningModule):
     def averaged(self) -> Iterator[MusicLM | None]:
         """A model that holds the averaged weights, to generate with or to release: on rank 0, None on the others.
 
-        The model itself while it is whole; where it is sharded, a copy on the CPU put together from all ranks.
+        The model itself while it is whole, with its adapter where it has one; where it is sharded, a copy on the CPU
+        put together from all ranks.
         """
         if strategy.is_sharded(self.lm):
             whole = {name: strategy.number(t).cpu() for name, t in self.ema.shadow.items()}

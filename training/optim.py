@@ -114,8 +114,13 @@ def found_rate(optimizer: Any) -> dict[str, float]:
     return {"train/d": float(group["d"])} if "d" in group else {}
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that move, by name: all, or those of an adapter."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 class EMA:
-    """Averaged copy of a model's parameters, in float32 beside it, spread over the ranks as the model is.
+    """Averaged copy of the parameters that a model trains, in float32 beside it, spread over the ranks as the model is.
 
     Attributes:
         shadow: name to averaged tensor.
@@ -125,15 +130,13 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.count = 0.0
-        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.shadow = {name: p.detach().clone() for name, p in trained(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average towards the model's weights."""
         self.count = self.decay * self.count + 1
-        torch._foreach_lerp_(
-            list(self.shadow.values()), [p.detach() for _, p in model.named_parameters()], 1 / self.count
-        )
+        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in trained(model).values()], 1 / self.count)
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
@@ -149,7 +152,7 @@ class EMA:
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module) -> None:
-        for name, p in model.named_parameters():
+        for name, p in trained(model).items():
             own = p.detach().clone()
             p.copy_(self.shadow[name])
             self.shadow[name].copy_(own)

@@ -20,12 +20,19 @@ def release_info(
     module: MusicLMModule, config: TrainConfig, shards: Sources, valid_loss: float | None
 ) -> dict[str, Any]:
     """What a release says about itself (see musicgen.weights)."""
-    from musicgen.weights import inherited
+    from musicgen import adapters, settings
+    from musicgen.weights import inherited, read_info
 
     codec = shards.info["codec"]
-    return {
+    parts = {
         "codec": {"name": config.codec or codec["name"], "identity": codec["identity"]},
         "text_encoder": {"name": module.encoder.name, "identity": module.encoder.identity},
+    }
+    if adapters.is_adapted(module.lm):  # an adapter speaks through its base, and takes what belongs to it from there
+        base = read_info(config.init)
+        parts = {part: base[part] for part in parts}
+    return {
+        **parts,
         "training": {
             "step": module.progress.step,
             "audio_seconds_seen": round(module.progress.audio_seconds_seen, 2),
@@ -33,6 +40,7 @@ def release_info(
             "valid_loss": valid_loss,
             "crop_seconds": config.batch.crop_seconds,
             **({"init": config.init} if config.init else {}),
+            **({"selection": settings.to_dict(config.select)} if config.select else {}),
         },
         "licence": config.licence,
         **({"inherited": inherited(config.init)} if config.init else {}),
@@ -48,13 +56,22 @@ def write_release(
     folder: Path,
     config: TrainConfig,
     shards: Sources,
+    base: dict[str, Any],
 ) -> None:
-    """The release folder from a model that holds the averaged weights."""
+    """The release folder from a model that holds the averaged weights; of an adapter the adapter alone.
+
+    Args:
+        base: of `adapters.base_of`, for an adapter.
+    """
     import torch
 
+    from musicgen import adapters
     from musicgen.weights import save_release
 
     info = release_info(module, config, shards, valid_loss)
+    if adapters.is_adapted(model):
+        adapters.save(folder, model, info, base)
+        return
     save_release(folder, model, info, getattr(torch, config.release_dtype))
 
 
@@ -70,11 +87,12 @@ def make_clip(
     info: Any,
 ) -> dict[str, Any]:
     """Generate one clip into `path` with the averaged model; returns what made it."""
-    from musicgen import generate, wav
+    from musicgen import adapters, generate, wav
     from musicgen.sampling import SamplingConfig
 
     if codec is None:
         raise ValueError("clips need the codec")
+    lm = adapters.merged(lm) if adapters.is_adapted(lm) else lm
     module.encoder.to(next(lm.parameters()).device)  # a model put together from shards may stand elsewhere
     model = generate.MusicGen(lm, codec, module.encoder, info(module))
     sampling = SamplingConfig(top_k=min(SamplingConfig().top_k, lm.config.codebook_size))

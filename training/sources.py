@@ -90,6 +90,7 @@ class Sources:
         self._first = np.cumsum([0, *(len(s) for s in sets)])
         self.source = np.repeat(np.arange(len(sets)), [len(s) for s in sets])
         self._checked = np.zeros(len(self), dtype=bool)
+        self._narrowed: dict[str, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -101,7 +102,13 @@ class Sources:
 
     def rows(self, split: str) -> np.ndarray:
         """Row numbers (int64) of a split over all sets; withdrawn tracks are left out."""
+        if self._narrowed is not None:
+            return self._narrowed[split]
         return np.concatenate([first + s.rows(split) for first, s in zip(self._first, self.sets)])
+
+    def narrow(self, rows: dict[str, np.ndarray]) -> None:
+        """From now on the splits have these rows (`training.selection`)."""
+        self._narrowed = rows
 
     def _at(self, row: int) -> tuple[ShardSet, int]:
         number = int(self.source[row])

@@ -4,9 +4,10 @@
     state.json             step, audio seconds seen, best validation loss, EMA count, the optimiser's numbers; last
 
 Tensors are copied aside at the step and written by a thread beside the training (`Saver`), under a temporary name that
-is renamed when every rank's part is on the disk. Names do not depend on the strategy, so a state of one rank loads on
-eight and a DDP run goes on under FSDP2 and back. All else that a run needs follows from the step: crops, captions and
-drop-outs (training.plan), the learning rate (training.optim).
+is renamed when every rank's part is on the disk. A state holds what is trained: of an adapter its factors alone. Names
+do not depend on the strategy, so a state of one rank loads on eight and a DDP run goes on under FSDP2 and back. All
+else that a run needs follows from the step: crops, captions and drop-outs (training.plan), the learning rate
+(training.optim).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from musicgen.errors import UserError
-from training.optim import EMA
+from training.optim import EMA, trained
 
 FILE_BYTES = 2**29  # of one file: a file is put together in memory before it is written
 
@@ -60,7 +61,7 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def _named(model: nn.Module, ema: EMA) -> dict[str, Tensor]:
-    weights = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
+    weights = {f"model/{name}": p.detach() for name, p in trained(model).items()}
     return weights | {f"ema/{name}": tensor for name, tensor in ema.shadow.items()}
 
 

@@ -166,7 +166,8 @@ def prepare(lm: nn.Module, config: HardwareConfig, plan: Plan, device: torch.dev
     for block in blocks:
         # Set on the instance: a wrapping module would change the names of parameters and the step-wise path.
         if plan.checkpointing != "none":
-            selective, draws = plan.checkpointing == "selective", block.dropout > 0
+            selective = plan.checkpointing == "selective"
+            draws = block.dropout > 0 or any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
             block.forward = functools.partial(_checkpointed, block.forward, selective, draws)
         if config.compiles:
             block.forward = torch.compile(block.forward, dynamic=False)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import os
 import signal
 import warnings
@@ -22,20 +21,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from musicgen import settings
+from musicgen.adapters import AdapterConfig, num_parameters
 from musicgen.config import SIZES, LMConfig, size
 from musicgen.errors import UserError
-from training import budget, devices, products
+from training import budget, devices, finetune, products, words
 from training import folder as folder_of
 from training.callbacks import LogConfig
 from training.data import BatchConfig
 from training.optim import MOMENTS, OptimConfig
+from training.selection import Selection
 from training.state import Progress
 from training.strategy import HardwareConfig
 
 if TYPE_CHECKING:
     from musicgen.codec import Codec
     from musicgen.conditioning import TextEncoder
-    from training.module import MusicLMModule
     from training.sources import Sources
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "train"
@@ -52,7 +52,9 @@ class TrainConfig:
         cache: folder for sets fetched from an object store; the user's cache folder when empty.
         run: the run's folder; the same folder resumes.
         init: release folder or hub name whose weights the run starts from (fine-tuning); all else starts anew. A mono
-            model is widened for a stereo one.
+            model is widened for a stereo one. Defaults then come from configs/train/finetune.yaml too.
+        lora: with a rank, the run trains an adapter on `init` and leaves the rest as it is (configs/train/lora.yaml).
+        select: a part of the data: an artist, a style, some minutes.
         steps: length of the training, and of the learning rate's schedule.
         stop_at: stop at this step and keep the schedule of `steps`; 0 goes to the end.
         codebook_init: embeddings and heads start from the codec's codebooks (see `training.codebooks`); else, as in the
@@ -73,6 +75,8 @@ class TrainConfig:
     cache: str = ""
     run: str = ""
     init: str = ""
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
+    select: Selection = field(default_factory=Selection)
     codebook_init: bool = False
     steps: int = 1_000_000
     stop_at: int = 0
@@ -88,7 +92,7 @@ class TrainConfig:
 
 
 def read_config(argv: Sequence[str], *, folders: bool = True) -> TrainConfig:
-    """Settings of a run: the shape of its size, configs/train/<size>.yaml, then the command line.
+    """Settings of a run: the shape of its size, configs/train/<size>.yaml, those of fine-tuning, the command line.
 
     Args:
         folders: whether DATA and RUN must be given; a plan needs neither.
@@ -101,7 +105,8 @@ def read_config(argv: Sequence[str], *, folders: bool = True) -> TrainConfig:
     if name not in SIZES:
         raise UserError(f"unknown SIZE {name!r}; allowed: {', '.join(SIZES)}")
     shape = [f"--{key}={_word(value)}" for key, value in folder_of.flat({"lm": settings.to_dict(size(name))}).items()]
-    layers = [path for path in [CONFIGS / f"{name}.yaml"] if path.is_file()]
+    adapter = (_value_of("lora.rank", argv) or "0") != "0"
+    layers = finetune.layers(CONFIGS, name, init=bool(_value_of("init", argv)), adapter=adapter)
     config = settings.parse(TrainConfig, [*shape, *argv], layers=layers, prog="python -m training.train")
     if folders and not config.data:
         raise UserError("DATA is missing; give a data set made by `make ingest`, such as DATA=data/demo")
@@ -154,19 +159,6 @@ def load_codec(shards: Sources, name: str) -> Codec:
     return codec
 
 
-def describe_data(shards: Sources) -> str:
-    """One line about a data set: tracks, hours, codec, version."""
-    from training.data import tracks_of
-
-    rate, parts = shards.info["codec"]["frame_rate"], []
-    for split in ("train", "valid"):
-        tracks = tracks_of(shards, split)
-        parts.append(f"{len(tracks)} {split} tracks ({tracks.frames.sum() / rate / 3600:.2f} h)")
-    codec = shards.info["codec"]
-    made_of = f"codec {codec['name']} {codec['identity'][:12]}, version {shards.info['dataset_version'][:12]}"
-    return f"{', '.join(parts)}; {made_of}"
-
-
 def _quiet_libraries() -> None:
     """Keep Lightning's hints out of the plan; what matters of them is ours to say."""
     import logging
@@ -194,6 +186,7 @@ def task_of(config: TrainConfig, frame_rate: float = 50.0) -> budget.Task:
         bf16=config.hardware.number_format == "bf16",
         moments=MOMENTS[config.optim.name],
         crop_seconds=config.batch.crop_seconds,
+        adapter=num_parameters(config.lm, config.lora.rank),
     )
 
 
@@ -243,19 +236,6 @@ def _rank() -> int:
     return int(getattr(rank_zero_only, "rank", 0) or 0)
 
 
-def _data_lines(config: TrainConfig, shards: Sources, start: int, unigram: list[float]) -> list[str]:
-    """What follows the plan: the data, the length of the run, what the losses are read against."""
-    from training import sources
-
-    books, mixture = ", ".join(f"{h:.2f}" for h in unigram), sources.describe(shards)
-    return [
-        f"data      {describe_data(shards)}" + (f"; mixture {mixture}" if mixture else ""),
-        f"steps     {config.steps}" + (f", going on from {start}" if start else ""),
-        f"unigram   {sum(unigram) / len(unigram):.3f} nats on the validation crops, mean of the codebooks [{books}]: "
-        "the loss of a model that only knows how common each code is",
-    ]
-
-
 def _load_encoder(config: TrainConfig) -> TextEncoder:
     from musicgen.conditioning import TextEncoder
 
@@ -277,9 +257,10 @@ def fit(config: TrainConfig) -> Path:
     """
     import torch
 
+    from musicgen import adapters
     from musicgen.lm import MusicLM
     from musicgen.weights import initial_state
-    from training import callbacks, controls, data, record, sources, strategy
+    from training import callbacks, controls, data, record, selection, sources, strategy
     from training.codebooks import start_from_codebooks
     from training.module import MusicLMModule
 
@@ -288,6 +269,7 @@ def fit(config: TrainConfig) -> Path:
     is_zero = rank == 0
     strategy.check(hardware)
     shards = sources.open_data(config.data, config.cache, rank=int(os.environ.get("LOCAL_RANK", "0")))
+    selection.apply(shards, config.select)
     books, codes = config.lm.num_codebooks, config.lm.codebook_size
     data.check(shards, config.batch, world=hardware.world, num_codebooks=books, codebook_size=codes)
     labelled = controls.with_labels(config.lm, shards, data.tracks_of(shards, "train").rows)
@@ -296,24 +278,26 @@ def fit(config: TrainConfig) -> Path:
     before = folder_of.last_progress(folder)
     plan = lay_out(config, shards, before)
     encoder = _load_encoder(config)
+    base = finetune.base_of(config)
     identity = {
         "settings": yaml.safe_load(yaml.safe_dump(folder_of.plain(settings.to_dict(config)))),
         "dataset_version": shards.info["dataset_version"],
         "sources": sources.identities(shards),
         "codec": {key: shards.info["codec"][key] for key in ("name", "identity")},
         "text_encoder": {"name": encoder.name, "identity": encoder.identity},
+        **({"base": base} if base else {}),
     }
     run_id, start = folder_of.find_run(config.run, identity, folder_of.plain(settings.to_dict(TrainConfig())))
     stop = min(config.stop_at or config.steps, config.steps)
     codec = load_codec(shards, config.codec) if config.log.clips and is_zero else None
-    # Where the model is sharded, rank 0 sends its weights.
-    takes = config.init and not start and (is_zero or plan.shards == 1)
+    # Where the model is sharded, rank 0 sends its weights; a state holds what is trained, so an adapter needs its base.
+    takes = config.init and (base or not start) and (is_zero or plan.shards == 1)
     weights = initial_state(config.init, config.lm, shards.info["codec"], identity["text_encoder"]) if takes else None
     if run_id is None and is_zero:
         run_id = folder_of.make_run(config.run, identity)
     unigram = data.unigram_loss(shards, config.batch).tolist()
     if is_zero:
-        print("\n".join(_data_lines(config, shards, start, unigram)), flush=True)
+        print("\n".join(words.data_lines(config.steps, shards, start, unigram)), flush=True)
     if start >= stop:
         print(f"{folder} has already made {start} of {stop} steps; nothing to do", flush=True)
         return folder
@@ -324,6 +308,8 @@ def fit(config: TrainConfig) -> Path:
         lm.load_state_dict(weights)
     elif config.codebook_init and not start and (is_zero or plan.shards == 1):
         start_from_codebooks(lm, load_codec(shards, config.codec))
+    if base:
+        adapters.attach(lm, config.lora)
     rule = data.crop_rule(config.batch, shards.info["codec"]["frame_rate"])
     module = MusicLMModule(
         lm,
@@ -354,8 +340,9 @@ def fit(config: TrainConfig) -> Path:
         config.log.valid_every,
         config.steps,
         sum(unigram) / len(unigram),
-        functools.partial(products.write_release, folder=folder / "release", config=config, shards=shards),
+        functools.partial(products.write_release, folder=folder / "release", config=config, shards=shards, base=base),
         watch,
+        before=bool(config.init),
     )
     prompts = products.clip_prompts(shards, config.log, [t for b in batches for t in b.texts]) if is_zero else []
     describe = functools.partial(products.release_info, config=config, shards=shards, valid_loss=None)
@@ -404,7 +391,7 @@ def fit(config: TrainConfig) -> Path:
                 flush=True,
             )
             raise SystemExit(EXIT_REQUEUE)
-        _summary(folder, module, validation.latest, stop, config.steps, plan)
+        words.summary(folder, module, validation.latest, stop, config.steps, plan)
     return folder
 
 
@@ -412,29 +399,9 @@ def _in_background(config: TrainConfig, plan: budget.Plan) -> bool:
     """Whether states are written beside the training: where the memory holds a copy of weights, average and moments."""
     if config.log.state_background != "auto":
         return config.log.state_background == "on"
-    copy = 4.0 * (2 + plan.task.moments) * config.lm.num_parameters() / plan.shards
+    copy = 4.0 * (2 + plan.task.moments) * plan.task.trained / plan.shards
     here = plan.device.memory if plan.device.is_cpu else devices.host_memory() / config.hardware.devices
     return copy + (plan.needed if plan.device.is_cpu else 0) <= budget.USABLE * here
-
-
-def _summary(
-    folder: Path, module: MusicLMModule, valid: dict[str, float], stop: int, total: int, plan: budget.Plan
-) -> None:
-    seen = module.progress.audio_seconds_seen
-    print(f"done      {stop} of {total} steps, {seen / 3600:.2f} h of audio seen; record in {folder}/metrics.jsonl")
-    if not plan.device.is_cpu:
-        from training.callbacks import memory_gib
-
-        used, planned = memory_gib(), plan.needed / 2**30
-        print(f"memory    {used:.2f} GiB at most, planned {planned:.2f} ({used / planned - 1:+.0%})")
-    if valid and module.progress.best_loss is not None:
-        below = valid["valid/below_unigram"] + valid["valid/loss"] - module.progress.best_loss
-        perplexity = math.exp(module.progress.best_loss)
-        print(
-            f"best      valid loss {module.progress.best_loss:.3f} (perplexity {perplexity:.0f}) at step "
-            f"{module.progress.best_step}, {abs(below):.3f} nats {'below' if below >= 0 else 'above'} unigram; "
-            f"release in {folder}/release"
-        )
 
 
 def main(argv: Sequence[str]) -> int:

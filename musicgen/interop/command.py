@@ -1,7 +1,8 @@
-"""`make import FROM=… OUT=…` and `make export MODEL=… TO=transformers|audiocraft OUT=…`.
+"""`make import FROM=… OUT=…`, `make export MODEL=… TO=transformers|audiocraft OUT=…`, `make merge MODEL=… OUT=…`.
 
 python -m musicgen.interop.command import --source facebook/musicgen-small --out models/small
 python -m musicgen.interop.command export --model models/small --to transformers --out exported
+python -m musicgen.interop.command merge --model runs/mine/release --out models/mine
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class ExportConfig:
     """A release of ours for other programs.
 
     Args:
-        model: `demo` or a release folder.
+        model: `demo` or a release folder; an adapter is merged first.
+        base: the model that an adapter was made for, where it stands elsewhere than in training.
         to: transformers (a folder for from_pretrained and the text-to-audio pipeline) or audiocraft (its two files).
         out: the folder to write.
         codec: codec name or folder, where the one the release names stands elsewhere.
@@ -52,11 +54,27 @@ class ExportConfig:
     """
 
     model: str = "demo"
+    base: str = ""
     to: Literal["transformers", "audiocraft"] = "transformers"
     out: str = ""
     codec: str = ""
     text_encoder: str = ""
     text_encoder_name: str = ""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """An adapter and its base as one whole release.
+
+    Args:
+        model: an adapter's folder (the release/ of a run with LORA=).
+        out: the release folder to write.
+        base: the model that the adapter was made for, where it stands elsewhere than in training.
+    """
+
+    model: str = ""
+    out: str = ""
+    base: str = ""
 
 
 def import_model(config: ImportConfig) -> Path:
@@ -82,7 +100,7 @@ def export_model(config: ExportConfig) -> Path:
         raise UserError(f"OUT={config.out!r}: give the local folder to write, such as OUT=exported")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"OUT={config.out!r} exists and is not empty; give a new folder")
-    model = parts.of_release(config.model, config.codec, config.text_encoder)
+    model = parts.of_release(config.model, config.codec, config.text_encoder, config.base)
     write: Callable[[Path], None]
     if config.to == "transformers":
         huggingface.check(model)
@@ -104,8 +122,27 @@ def export_model(config: ExportConfig) -> Path:
     return target
 
 
+def merge_model(config: MergeConfig) -> Path:
+    """Write base and adapter as one release in float32; returns its folder. Raises `UserError`."""
+    if not config.model:
+        raise UserError("MODEL is missing; give an adapter's folder such as MODEL=runs/mine/release")
+    target = files.local_path(config.out) if config.out else None
+    if target is None or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise UserError(f"OUT={config.out!r}: give a new or empty local folder, such as OUT=models/mine")
+    info = weights.read_info(config.model)
+    if info["format"] != weights.ADAPTER:
+        raise UserError(f"MODEL={config.model!r} is a whole model already, not an adapter; nothing to merge")
+    lm, info = weights.load_release(config.model, config.base, quiet=True)
+    folders = {}
+    for part in ("codec", "text_encoder"):
+        if name := info[part].get("folder"):  # the base has its own copy
+            folders[name] = Path(weights.place_of(config.model, info, part, config.base).removeprefix("stereo:"))
+    made_of = {"base": info.pop("base"), "adapter": info["weights"]["sha256"]}
+    return weights.save_release(config.out, lm, {**info, "merged": made_of}, folders=folders)
+
+
 def main(argv: Sequence[str]) -> int:
-    """`import` or `export`; see `ImportConfig` and `ExportConfig`."""
+    """`import`, `export` or `merge`; see `ImportConfig`, `ExportConfig` and `MergeConfig`."""
     prog = "python -m musicgen.interop.command"
     if argv and argv[0] == "import":
         folder = import_model(settings.parse(ImportConfig, argv[1:], prog=f"{prog} import"))
@@ -124,7 +161,14 @@ def main(argv: Sequence[str]) -> int:
         names = ", ".join(sorted(p.name for p in folder.iterdir()))
         print(f"{folder}: for {config.to}: {names}")
         return 0
-    raise UserError(f"give 'import' or 'export' first, not {argv[0] if argv else 'nothing'!r}")
+    if argv and argv[0] == "merge":
+        folder = merge_model(settings.parse(MergeConfig, argv[1:], prog=f"{prog} merge"))
+        info = weights.read_info(folder)
+        if text := weights.notice(info):
+            print(text, file=sys.stderr)
+        print(f"{folder}: {info['weights']['parameters']:,} parameters, a whole model; use it as MODEL={folder}")
+        return 0
+    raise UserError(f"give 'import', 'export' or 'merge' first, not {argv[0] if argv else 'nothing'!r}")
 
 
 if __name__ == "__main__":

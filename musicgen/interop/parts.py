@@ -73,22 +73,23 @@ def codec_network(name: str) -> Any:
     return network
 
 
-def of_release(model: str | os.PathLike[str], codec: str = "", text_encoder: str = "") -> Parts:
-    """A release taken apart.
+def of_release(model: str | os.PathLike[str], codec: str = "", text_encoder: str = "", base: str = "") -> Parts:
+    """A release taken apart; an adapter is merged into the model it was made for.
 
     Args:
         model: `demo`, a release folder, or what `weights.resolve` turns into one.
         codec, text_encoder: name or folder of each, where it stands elsewhere than the release says.
+        base: the model that an adapter was made for, where it stands elsewhere than in training.
 
     Raises:
         UserError: no release, or its codec or text encoder is missing or another one.
     """
-    lm, info = weights.load_release(model)
-    codec_name = codec or weights.place_of(model, info, "codec")
+    lm, info = weights.load_release(model, base)
+    codec_name = codec or weights.place_of(model, info, "codec", base)
     network = codec_network(codec_name)
     loaded = codecs.load(codec_name)
     weights.check_codec(info, loaded)
-    encoder = TextEncoder.load(text_encoder or weights.place_of(model, info, "text_encoder"))
+    encoder = TextEncoder.load(text_encoder or weights.place_of(model, info, "text_encoder", base))
     if encoder.identity != info["text_encoder"]["identity"]:
         raise UserError(
             f"MODEL={os.fspath(model)!r} was trained with another text encoder than {encoder.name!r}; give the one it "

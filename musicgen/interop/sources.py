@@ -118,6 +118,18 @@ def read(source: str, codec: str = "", text_encoder: str = "") -> Parts:
     return parts
 
 
+def _kept() -> Path:
+    """Where imported models are kept."""
+    root = Path(os.environ.get("MUSICGEN_CACHE") or Path.home() / ".cache" / "musicgen-pipeline")
+    return root / "imports"
+
+
+def imported() -> list[str]:
+    """The releases that were imported on this machine."""
+    folder = _kept()
+    return sorted(str(p) for p in folder.iterdir() if (p / "config.json").is_file()) if folder.is_dir() else []
+
+
 def as_release(name: str) -> str:
     """The release behind what can be imported, made once and kept; any other name comes back as it is.
 
@@ -131,8 +143,7 @@ def as_release(name: str) -> str:
     files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
     state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     key = hashlib.sha256(json.dumps([str(folder.resolve()), state]).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("MUSICGEN_CACHE") or Path.home() / ".cache" / "musicgen-pipeline")
-    kept = root / "imports" / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name).strip('-')[-60:]}-{key}"
+    kept = _kept() / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name).strip('-')[-60:]}-{key}"
     if not (kept / "config.json").is_file():
         print(f"importing {name} once, into {kept}", file=sys.stderr)
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ SMALL = shlex.split(
     "--log.every 1 --log.valid_every 2 --log.state_every 2 --log.clips 0 --steps 4"
 )
 TWO = ["--hardware.devices", "2"]
+LORA = shlex.split("--lora.rank 4 --optim.ema_every 1 --hardware.checkpointing selective")
 TIMING = ("train/audio_seconds_per_second", "train/outside_model_share", "train/memory_gib")
 
 
@@ -35,10 +36,10 @@ def tensors(run: Path, step: int = 4) -> dict[str, torch.Tensor]:
     return state.tensors(run / "state" / f"step-{step}")
 
 
-def alike(run: Path, other: Path) -> None:
+def alike(run: Path, other: Path, lines: int = 6) -> None:
     """The same curves and, within rounding, the same state."""
     rows, others = metrics(run), metrics(other)
-    assert [row["step"] for row in rows] == [row["step"] for row in others] and len(rows) == 6
+    assert [row["step"] for row in rows] == [row["step"] for row in others] and len(rows) == lines
     for a, b in zip(rows, others):
         assert a == pytest.approx(b, rel=2e-3), (a, b)
     one, two = tensors(run), tensors(other)
@@ -68,6 +69,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "disabled")
         train.main([*SMALL, "--data", str(folder / "data"), "--run", str(folder / "one")])
+        adapter = [*LORA, "--init", str(folder / "one" / "release")]
+        train.main([*SMALL, *adapter, "--data", str(folder / "data"), "--run", str(folder / "one-lora")])
 
     def job(run: str, *more: str, **rest: Any) -> dict[str, Any]:
         return {"argv": [*SMALL, *TWO, "--data", str(folder / "data"), "--run", str(folder / run), *more], **rest}
@@ -80,6 +83,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             job("fsdp", *shards, *clips),
             job("full", *shards, "--hardware.checkpointing", "full", "--batch.accumulate", "2"),
             job("selective", "--hardware.checkpointing", "selective"),
+            job("lora", *LORA, "--init", str(folder / "one" / "release")),
             job(
                 "asked", *shards, "--steps", "5000", signal=[1, signal.SIGUSR1, str(folder / "asked" / "metrics.jsonl")]
             ),
@@ -100,8 +104,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [job("from-ddp", *shards), job("from-fsdp"), job("spoiled", *shards)],
         folder / "second",
     )
-    assert first[:4] == [["ok", "ok"]] * 4 and second[:2] == [["ok", "ok"]] * 2
-    (folder / "asked" / "became").write_text("\n".join(first[4]))
+    assert first[:5] == [["ok", "ok"]] * 5 and second[:2] == [["ok", "ok"]] * 2
+    (folder / "asked" / "became").write_text("\n".join(first[5]))
     (folder / "spoiled" / "became").write_text("\n".join(second[2]))
     return folder
 
@@ -109,6 +113,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("run", ["ddp", "fsdp", "full", "selective"])
 def test_two_ranks_make_the_steps_of_one(place: Path, run: str) -> None:
     alike(place / run, place / "one")
+
+
+def test_two_ranks_train_the_adapter_of_one(place: Path) -> None:
+    alike(place / "lora", place / "one-lora", lines=7)  # a validation before the first step
+    assert all(".lora_" in name for name in tensors(place / "lora"))
 
 
 def test_sharded_ranks_write_their_parts_and_release_the_whole(place: Path) -> None:

@@ -1,0 +1,75 @@
+"""The comparison of patterns: equal updates, equal compute, the paper beside it; a second start trains nothing."""
+
+import json
+import math
+import shlex
+from pathlib import Path
+
+import pytest
+
+from musicgen import patterns
+from tests.training.synthetic import write_dataset
+from training import ablate, record
+
+SMALL = shlex.split(
+    "--size demo --lm.dim 32 --lm.num_layers 1 --lm.num_heads 2 --lm.codebook_size 64 --batch.crop_seconds 1.28 "
+    "--batch.size 4 --hardware.precision float32 --hardware.accelerator cpu --codebook_init false --steps 8 "
+    "--optim.warmup_steps 2 --log.valid_every 8 --log.state_every 4 --log.every 4"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+def test_two_patterns_are_compared_and_the_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_dataset(tmp_path / "data", size=64, tracks=10, valid=3)
+    argv = [*SMALL, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    argv += ["--patterns", "[flattening, parallel]"]
+    assert ablate.main([*argv, "--batch.word_dropout", "0.1"]) == 0  # a setting of training passes through
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "figures.json").read_text())
+    rows = {row["pattern"]: row for row in found["updates"]}
+    assert [row["columns_per_second"] for row in found["updates"]] == [200, 50]
+    assert rows["flattening"]["steps"] == rows["parallel"]["steps"] == 8
+    assert rows["flattening"]["audio_seconds"] == rows["parallel"]["audio_seconds"] > 30  # the same crops
+    for row in found["updates"]:
+        last = record.read_metrics(tmp_path / "out" / row["pattern"] / "metrics.jsonl")[-1]
+        assert row["loss"] == last["valid/loss"] and row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+    # Flattening leads, so parallel, which costs less, gets more steps for the same compute.
+    again = {row["pattern"]: row for row in found["compute"]}
+    assert again["flattening"] == rows["flattening"] and again["parallel"]["steps"] > 8
+    assert again["parallel"]["flop"] == pytest.approx(rows["flattening"]["flop"], rel=0.05)
+    table = [line for line in said.splitlines() if line.startswith("| flattening")]
+    assert table[0].endswith("| 6000 | 0.86 | 0.51 | 0.37 | 79.71 | 82.03 |")
+    assert "OVL (unverified) | REL (unverified)" in said
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")}
+    assert ablate.main([*argv, "--batch.word_dropout", "0.1"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")} == before
+
+
+def test_equal_compute_is_equal() -> None:
+    assert ablate.equal_steps(300, flop=4.0, reference=1.0) == 75
+    assert ablate.equal_steps(300, flop=1.5, reference=1.5) == 300
+
+
+def test_the_verdict_reads_the_order_and_says_when_it_does_not_show() -> None:
+    def rows(**losses: float) -> list[dict]:
+        return [{"pattern": name, "loss": loss, "codebooks": [loss] * 4} for name, loss in losses.items()]
+
+    good = ablate.verdict(rows(flattening=6.9, delay=6.9, parallel=7.0))
+    assert [": shows" in line for line in good] == [True, True]
+    bad = ablate.verdict(rows(flattening=7.0, delay=6.9, parallel=6.9))
+    assert ["DOES NOT SHOW" in line for line in bad] == [True, True]
+    assert "delay is -0.100 nats from flattening" in bad[0] and ablate.verdict(rows(delay=1.0)) == []
+
+
+def test_the_papers_rows_are_patterns_of_ours() -> None:
+    assert set(ablate.PAPER) < set(patterns.PATTERNS)
+    for name, row in ablate.PAPER.items():
+        columns = patterns.num_columns(1500, 4, pattern=name)
+        assert abs(columns - row[0]) <= 4, name
+    with pytest.raises(ValueError, match="unknown pattern 'diagonal'"):
+        ablate.AblateConfig(patterns=("diagonal",))

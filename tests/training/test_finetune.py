@@ -1,0 +1,185 @@
+"""Fine-tuning: an adapter trains alone and resumes to the bit, a part of the data is chosen, and the run says how it
+went."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from musicgen import adapters, weights
+from musicgen.errors import UserError
+from tests.training.synthetic import STYLES, write_dataset
+from tests.training.test_train import SMALL, TIMING, same, tensors
+from training import budget, devices, finetune, record, selection, sources, train
+from training.selection import Selection
+
+LORA = shlex.split(
+    "--lora.rank 4 --lora.dropout 0.1 --optim.lr 3e-2 --optim.warmup_steps 2 --steps 12 --batch.sample_by tracks "
+    "--log.valid_every 4 --log.state_every 4 --optim.ema_every 1 --log.every 1"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+def go(place: Path, run: str, *more: str) -> Path:
+    argv = ["--size", "demo", "--data", str(place / "data"), "--run", str(place / run), *SMALL, *more]
+    assert train.main(argv) == 0
+    return place / run
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in record.read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set, a base model of ten steps, and an adapter trained on it in one go."""
+    folder = tmp_path_factory.mktemp("finetune")
+    write_dataset(folder / "data", size=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        go(folder, "base", "--steps", "10")
+        go(folder, "whole", "--init", str(folder / "base" / "release"), *LORA)
+    return folder
+
+
+def test_only_the_adapter_is_trained_kept_and_released(place: Path) -> None:
+    held = tensors(place / "whole", 12)
+    assert held and all(".lora_" in name for name in held)
+    assert {name.split("/")[0] for name in held} == {"model", "ema", "optimizer"}
+    found = sorted(p.name for p in (place / "whole" / "release").iterdir())
+    assert found == ["adapter_config.json", "adapter_model.safetensors", "config.json"]
+    info = weights.read_info(place / "whole" / "release")
+    base = weights.read_info(place / "base" / "release")
+    name = str(place / "base" / "release")
+    assert info["base"] == {"name": name, "identity": base["weights"]["sha256"], "licence": "not stated"}
+    assert info["inherited"] == [{"model": name, "licence": "not stated"}]
+    lm, _ = weights.load_release(place / "whole" / "release")
+    best = tensors(place / "whole", info["training"]["step"])
+    stem = "ema/transformer.layers.1.linear1.lora_"
+    added = best[f"{stem}B.default.weight"] @ best[f"{stem}A.default.weight"]  # the average is what is released
+    before, _ = weights.load_release(place / "base" / "release")
+    key = "transformer.layers.1.linear1.weight"
+    torch.testing.assert_close(lm.state_dict()[key], before.state_dict()[key] + added, atol=1e-6, rtol=1e-5)
+    assert float(added.abs().max()) > 1e-3
+
+
+def test_it_starts_from_the_model_and_gets_better(place: Path) -> None:
+    losses = {row["step"]: row["valid/loss"] for row in rows(place / "whole") if "valid/loss" in row}
+    started = [row["valid/loss"] for row in rows(place / "base") if "valid/loss" in row][-1]
+    assert losses[0] == pytest.approx(started, abs=2e-3)  # the release is float16
+    assert min(losses.values()) < losses[0] - 0.02 and list(losses) == [0, 4, 8, 12]
+
+
+def test_stopped_and_resumed_equals_all_at_once(place: Path) -> None:
+    init = ["--init", str(place / "base" / "release")]
+    run = go(place, "parts", *init, *LORA, "--stop_at", "5")
+    go(place, "parts", *init, *LORA)
+    same(tensors(place / "whole", 12), tensors(run, 12))
+    assert rows(run) == rows(place / "whole")
+
+
+def test_a_base_that_changed_under_a_run_is_refused(place: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(place / "base" / "release", tmp_path / "base")
+    init = ["--init", str(tmp_path / "base")]
+    go(place, "moved", *init, *LORA, "--stop_at", "4")
+    lm, info = weights.load_release(tmp_path / "base")
+    with torch.no_grad():
+        lm.out_norm.weight.add_(1.0)
+    weights.save_release(tmp_path / "base", lm, info)
+    with pytest.raises(UserError, match=r"trains an adapter of the model .* but INIT is now another one"):
+        go(place, "moved", *init, *LORA)
+
+
+def test_what_an_adapter_cannot_do_is_refused(place: Path) -> None:
+    with pytest.raises(UserError, match=r"LORA=4 trains an adapter, and INIT is missing"):
+        go(place, "bare", "--lora.rank", "4")
+    with pytest.raises(UserError, match=r"has 4 codebooks, in a run of 8: an adapter cannot widen"):
+        write_dataset(place / "eight" / "data", size=64, books=8, tracks=6, valid=1)
+        stereo = ["--lm.num_codebooks", "8", "--lm.pattern", "stereo_delay"]
+        go(place / "eight", "run", "--init", str(place / "base" / "release"), *LORA, *stereo)
+    config = train.read_config(["--size", "300m", "--init", "x", "--lora.rank", "16"], folders=False)
+    device = devices.device_named("rtx4090")
+    with pytest.raises(UserError, match="strategy fsdp with LORA"):
+        budget.choose(train.task_of(config), device, 2, strategy="fsdp")
+
+
+def test_the_plan_counts_what_is_trained() -> None:
+    device = devices.device_named("rtx4090")
+    argv = ["--size", "3.3b", "--init", "x"]
+    adapter = train.task_of(train.read_config([*argv, "--lora.rank", "16"], folders=False))
+    adapter = dataclasses.replace(adapter, bf16=True)
+    whole = dataclasses.replace(adapter, adapter=0)
+    chosen = budget.choose(adapter, device, 1)
+    assert adapter.adapter == adapters.num_parameters(adapter.lm, 16) < 0.02 * whole.trained
+    assert chosen.fits and not budget.choose(whole, device, 1).fits  # on one consumer GPU
+    assert chosen.memory["optimiser"] == 8 * adapter.adapter and chosen.memory["weights"] > 4 * whole.trained
+    assert "adapter " in "\n".join(budget.lines(chosen, name="3.3b", rate=None, rate_said=""))
+
+
+def test_fine_tuning_has_defaults_of_its_own() -> None:
+    fresh = train.read_config(["--size", "300m"], folders=False)
+    tuned = train.read_config(["--size", "300m", "--init", "facebook/musicgen-small"], folders=False)
+    adapter = train.read_config(["--size", "300m", "--init=facebook/musicgen-small", "--lora.rank=16"], folders=False)
+    assert tuned.optim.lr < fresh.optim.lr / 3 and tuned.optim.warmup_steps < tuned.steps / 5
+    assert tuned.steps <= 2000 < fresh.steps and adapter.optim.lr > tuned.optim.lr
+    own = train.read_config(["--size", "300m", "--init", "x", "--optim.lr", "7e-6"], folders=False)
+    assert own.optim.lr == 7e-6
+    files = [p.stem for p in finetune.layers(train.CONFIGS, "demo", init=True, adapter=True)]
+    assert files == ["demo", "finetune", "finetune-demo", "lora", "lora-demo"]
+
+
+def test_the_verdict_names_the_best_step_and_what_went_wrong() -> None:
+    def said(*losses: float) -> list[str]:
+        return finetune.verdict([{"step": 10 * i, "valid/loss": loss} for i, loss in enumerate(losses)])
+
+    assert said(5.0, 4.0, 3.9) == ["finetune  valid loss 5.000 before, 3.900 at best (step 20), 3.900 at the end"]
+    assert "never got better" in said(5.0, 5.1, 5.2)[1]
+    assert "rose again after step 10" in said(5.0, 4.0, 4.5)[1]
+    assert said(5.0) == [] and finetune.verdict([{"step": 5, "valid/loss": 1.0}]) == []
+
+
+def seconds(shards: sources.Sources, split: str) -> float:
+    return float(shards.index.column("frames").to_numpy()[shards.rows(split)].sum() / 50)
+
+
+def test_a_part_of_the_data_is_chosen(place: Path) -> None:
+    def chosen(**given: Any) -> sources.Sources:
+        shards = sources.open_data(str(place / "data"))
+        selection.apply(shards, Selection(**given))
+        return shards
+
+    whole = chosen()
+    style = chosen(genres=(STYLES[1].upper(),))
+    genre = np.array(style.index.column("genre").to_pylist())
+    assert set(genre[style.rows("train")]) == set(genre[style.rows("valid")]) == {STYLES[1]}
+    assert len(style.rows("train")) == sum(genre[whole.rows("train")] == STYLES[1])
+    short = chosen(minutes=0.5)
+    assert 24 < seconds(short, "train") <= 30 and seconds(short, "valid") == seconds(whole, "valid")
+    assert set(short.rows("train")) < set(whole.rows("train"))
+    own = chosen(genres=(STYLES[1],), hold_out=0.3)
+    pooled = [*own.rows("train"), *own.rows("valid")]
+    assert sorted(pooled) == sorted(np.flatnonzero(genre == STYLES[1]))
+    share = seconds(own, "valid") / (seconds(own, "valid") + seconds(own, "train"))
+    assert 0.25 < share < 0.55
+    alone = chosen(artists=("artist 3",), hold_out=0.3)  # one work: it stays to train on
+    assert len(alone.rows("train")) == 1 and len(alone.rows("valid")) == 0
+
+
+def test_a_selection_of_nothing_is_refused(place: Path) -> None:
+    shards = sources.open_data(str(place / "data"))
+    with pytest.raises(UserError, match=r"no track whose artist is 'artist 99'; it has 24, such as artist "):
+        selection.apply(shards, Selection(artists=("artist 3", "artist 99")))
+    with pytest.raises(UserError, match=r"leaves no training tracks.*--select.hold_out"):
+        selection.apply(shards, Selection(artists=("artist 23",)))  # it lies in the validation split
+    with pytest.raises(ValueError, match="hold_out"):
+        Selection(hold_out=1.0)

@@ -1,0 +1,69 @@
+"""Going on from a model: what INIT= and LORA= change of a run.
+
+Fine-tunes of a few minutes of music end in noise where they move like a training from nothing: thousands of steps at a
+full rate. So a run with INIT= reads configs/train/finetune.yaml between its size and the command line, and one with
+LORA= lora.yaml on top (`-<size>` variants after each); it validates before its first step, and says at the end whether
+it got better than what it started from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from musicgen.errors import UserError
+
+if TYPE_CHECKING:
+    from training.train import TrainConfig
+
+
+def layers(configs: Path, size: str, *, init: bool, adapter: bool) -> list[Path]:
+    """The settings files of a run, in order: of its size, of fine-tuning, of adapters; those that exist."""
+    names = [size]
+    names += ["finetune", f"finetune-{size}"] if init else []
+    names += ["lora", f"lora-{size}"] if init and adapter else []
+    return [path for name in names if (path := configs / f"{name}.yaml").is_file()]
+
+
+def base_of(config: TrainConfig) -> dict[str, Any]:
+    """The model that the run's adapter is made for, as `adapters.base_of`; nothing where there is no adapter.
+
+    Raises:
+        UserError: no INIT, or a model of other codebooks than the run's.
+    """
+    if not config.lora.rank:
+        return {}
+    if not config.init:
+        raise UserError(
+            f"LORA={config.lora.rank} trains an adapter, and INIT is missing: give the model to adapt, a release "
+            "folder or a hub name such as INIT=facebook/musicgen-small"
+        )
+    from musicgen import adapters, weights
+
+    books = weights.read_info(config.init)["lm"]["num_codebooks"]
+    if books != config.lm.num_codebooks:
+        raise UserError(
+            f"LORA={config.lora.rank} on INIT={config.init!r}, which has {books} codebooks, in a run of "
+            f"{config.lm.num_codebooks}: an adapter cannot widen a mono model for stereo. Train the stereo model whole "
+            "first (without LORA), and adapt that one"
+        )
+    return adapters.base_of(config.init)
+
+
+def verdict(rows: list[dict[str, Any]]) -> list[str]:
+    """What the validations of a fine-tuning say, from the lines of its metrics.jsonl; empty without such lines."""
+    losses = {row["step"]: row["valid/loss"] for row in rows if "valid/loss" in row}
+    if 0 not in losses or len(losses) < 2:
+        return []
+    before, last = losses[0], losses[max(losses)]
+    best = min((step for step in losses if step), key=lambda step: losses[step])
+    out = [f"finetune  valid loss {before:.3f} before, {losses[best]:.3f} at best (step {best}), {last:.3f} at the end"]
+    if losses[best] >= before:
+        out.append(
+            "warning   it never got better than the model it started from: lower --optim.lr, or give it more music"
+        )
+    elif last > losses[best] + 0.1 * (before - losses[best]):
+        out.append(
+            f"note      it rose again after step {best}: the release is that of step {best}; fewer --steps suffice"
+        )
+    return out

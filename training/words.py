@@ -1,0 +1,58 @@
+"""What a run says on the terminal beside its plan: the data before it, how it went after it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training import budget, finetune, record, sources
+from training.data import tracks_of
+
+if TYPE_CHECKING:
+    from training.module import MusicLMModule
+
+
+def describe_data(shards: sources.Sources) -> str:
+    """One line about a data set: tracks, hours, codec, version."""
+    rate, parts = shards.info["codec"]["frame_rate"], []
+    for split in ("train", "valid"):
+        tracks = tracks_of(shards, split)
+        parts.append(f"{len(tracks)} {split} tracks ({tracks.frames.sum() / rate / 3600:.2f} h)")
+    codec = shards.info["codec"]
+    made_of = f"codec {codec['name']} {codec['identity'][:12]}, version {shards.info['dataset_version'][:12]}"
+    return f"{', '.join(parts)}; {made_of}"
+
+
+def data_lines(steps: int, shards: sources.Sources, start: int, unigram: list[float]) -> list[str]:
+    """What follows the plan: the data, the length of the run, what the losses are read against."""
+    books, mixture = ", ".join(f"{h:.2f}" for h in unigram), sources.describe(shards)
+    return [
+        f"data      {describe_data(shards)}" + (f"; mixture {mixture}" if mixture else ""),
+        f"steps     {steps}" + (f", going on from {start}" if start else ""),
+        f"unigram   {sum(unigram) / len(unigram):.3f} nats on the validation crops, mean of the codebooks [{books}]: "
+        "the loss of a model that only knows how common each code is",
+    ]
+
+
+def summary(
+    folder: Path, module: MusicLMModule, valid: dict[str, float], stop: int, total: int, plan: budget.Plan
+) -> None:
+    """Print how the run went, once it is over."""
+    seen = module.progress.audio_seconds_seen
+    print(f"done      {stop} of {total} steps, {seen / 3600:.2f} h of audio seen; record in {folder}/metrics.jsonl")
+    if not plan.device.is_cpu:
+        from training.callbacks import memory_gib
+
+        used, planned = memory_gib(), plan.needed / 2**30
+        print(f"memory    {used:.2f} GiB at most, planned {planned:.2f} ({used / planned - 1:+.0%})")
+    if valid and module.progress.best_loss is not None:
+        below = valid["valid/below_unigram"] + valid["valid/loss"] - module.progress.best_loss
+        perplexity = math.exp(module.progress.best_loss)
+        print(
+            f"best      valid loss {module.progress.best_loss:.3f} (perplexity {perplexity:.0f}) at step "
+            f"{module.progress.best_step}, {abs(below):.3f} nats {'below' if below >= 0 else 'above'} unigram; "
+            f"release in {folder}/release"
+        )
+    for line in finetune.verdict(record.read_metrics(folder / "metrics.jsonl")):
+        print(line)
