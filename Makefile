@@ -86,7 +86,7 @@ check: dev ## ruff, mypy, import rules
 check-finetune: setup ## [DATA=… MODEL=demo]: fine-tune on ten minutes, whole and by an adapter: does it help, and not collapse?
 	$(BIN)/python -m training.finetune_check --model "$(or $(MODEL),demo)" --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --out "$(or $(OUT),runs/check-finetune)" $(ARGS)
 
-ablate: setup ## [DATA=… STEPS=300 OUT=runs/ablate]: the paper's codebook patterns for equal updates and equal compute
+ablate: setup ## [DATA=… STEPS=400 OUT=runs/ablate]: the paper's codebook patterns for equal updates and equal compute
 	$(BIN)/python -m training.ablate --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --out "$(or $(OUT),runs/ablate)" $(if $(STEPS),--steps "$(STEPS)") $(ARGS)
 
 check-music: setup ## [MODEL=… DATA=…]: does the model make music, and the music asked for?

@@ -1,4 +1,4 @@
-"""The paper's comparison of codebook patterns as a command: `make ablate DATA=… [STEPS=300]`.
+"""The paper's comparison of codebook patterns as a command: `make ablate DATA=… [STEPS=400]`.
 
     python -m training.ablate --data data/assets/tokens --out runs/ablate
 

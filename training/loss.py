@@ -34,8 +34,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         low_weight = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden, dtype=dtype)
-        moves = ctx.needs_input_grad[1]  # a frozen head (an adapter's base) needs none
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if moves else None
+        # A frozen head (an adapter's base) needs no gradient of its own, a validation none at all.
+        head_learns = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if head_learns else None
         for start in range(0, len(hidden), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             low_hidden = hidden[rows].to(dtype)
@@ -44,11 +45,14 @@ class _HeadCrossEntropy(torch.autograd.Function):
             # A probability that underflows counts as 1e-38 in the sum; its gradient stays exact.
             of_target = p.gather(1, at)
             logs = of_target.clamp(min=1e-38).log()
+            if scored is not None:
+                logs = logs.where(scored[rows, None], 0.0)
+            total -= logs.sum()
+            if not any(ctx.needs_input_grad):
+                continue
             p.scatter_(1, at, of_target - 1)
             if scored is not None:
-                counts = scored[rows, None]
-                logs, p = logs.where(counts, 0.0), p.where(counts, 0.0)
-            total -= logs.sum()
+                p = p.where(scored[rows, None], 0.0)
             low = p.to(dtype)
             grad_hidden[rows] = low @ low_weight
             if grad_weight is not None:
@@ -88,12 +92,13 @@ def cross_entropy_sums(
     with torch.autocast(kind, enabled=False):
         for k, head in enumerate(heads):
             chosen = mask[:, k]
+            weight = head.weight if torch.is_grad_enabled() else head.weight.detach()
             cells: tuple[Any, ...]
             if select:
-                cells = hidden[chosen], head.weight, targets[:, k][chosen], None
+                cells = hidden[chosen], weight, targets[:, k][chosen], None
             else:
                 ids = targets[:, k].where(chosen, 0).flatten()
-                cells = hidden.flatten(0, 1), head.weight, ids, chosen.flatten()
+                cells = hidden.flatten(0, 1), weight, ids, chosen.flatten()
             sums.append(_HeadCrossEntropy.apply(*cells, dtype))
     return torch.stack(sums)
 
