@@ -3,7 +3,8 @@
     python -m training.finetune_check --data data/assets/tokens --out runs/check-finetune
 
 The music is that of artists whom the base model has not heard: those of the validation split with the most music,
-unless they are named. A fifth of their works is held out. The base is fine-tuned twice, whole and by an adapter, as
+unless they are named, as it is or as an old tape would have it (`--sound`, see `training.rerecord`). A fifth of their
+works is held out. The base is fine-tuned twice, whole and by an adapter, as
 `make train INIT=… [LORA=…]` does it by default, each in a run folder of its own (so that this command goes on where it
 stopped). Base and results are scored on the held-out works (did it learn?), over the whole run (did it collapse?), on
 the other artists of the validation split (what did it forget?), and by clips of the same prompts and seeds (is it noise
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from musicgen.conditioning import TextEncoder
 from musicgen.errors import UserError
 from musicgen.metrics import audio as measures
 from musicgen.sampling import SamplingConfig
-from training import data, finetune, loss, record, selection, sources, train
+from training import data, finetune, loss, record, rerecord, selection, sources, train
 from training.module import MusicLMModule
 from training.music_check import NOISE_FLATNESS, SILENT_SHARE
 from training.optim import OptimConfig
@@ -43,6 +44,7 @@ class FinetuneCheckConfig:
         size: its size, whose settings of fine-tuning are used.
         data: a data set of ingest that holds artists whom the base has not heard.
         artists: whose music; when empty, artists of the validation split, those with the most music first.
+        sound: `as_is`, or `old_tape`, a sound that no model of the demo has heard.
         minutes: music to train on.
         hold_out: share of that music's works to validate on.
         rank: of the adapter.
@@ -58,6 +60,7 @@ class FinetuneCheckConfig:
     size: str = "demo"
     data: str = "data/demo"
     artists: tuple[str, ...] = ()
+    sound: Literal["as_is", "old_tape"] = "old_tape"
     minutes: float = 10.0
     hold_out: float = 0.2
     rank: int = 16
@@ -120,13 +123,17 @@ def check(config: FinetuneCheckConfig) -> dict[str, Any]:
     whole = sources.open_data(config.data)
     artists = config.artists or unheard_artists(whole, config.minutes / (1 - config.hold_out))
     chosen = Selection(artists=tuple(artists), minutes=config.minutes, hold_out=config.hold_out)
-    own, rest = sources.open_data(config.data), sources.open_data(config.data)
+    place, names = config.data, whole.index.column("artist")
+    if config.sound == "old_tape":
+        mine = [r for r in range(len(whole)) if names[r].as_py() in artists]
+        place = str(rerecord.write(whole, mine, train.load_codec(whole, ""), Path(config.out) / "tape"))
+    own, rest = sources.open_data(place), sources.open_data(config.data)
     selection.apply(own, chosen)
-    names = whole.index.column("artist")
     others = [r for r in whole.rows("valid").tolist() if names[r].as_py() not in artists]
-    rest.narrow({"train": own.rows("train"), "valid": np.array(others, dtype=np.int64), "test": own.rows("test")})
+    nothing = np.empty(0, dtype=np.int64)
+    rest.narrow({"train": nothing, "valid": np.array(others, dtype=np.int64), "test": nothing})
     said = {"train_minutes": _minutes(own, "train"), "valid_minutes": _minutes(own, "valid")}
-    common = ["--size", config.size, "--data", config.data, "--init", config.model]
+    common = ["--size", config.size, "--data", place, "--init", config.model]
     common += ["--select.artists", json.dumps(list(artists)), "--select.minutes", str(config.minutes)]
     common += ["--select.hold_out", str(config.hold_out), "--log.clips", "0"]
     common += ["--hardware.threads", str(config.threads), *(["--steps", str(config.steps)] if config.steps else [])]
@@ -152,7 +159,7 @@ def check(config: FinetuneCheckConfig) -> dict[str, Any]:
             rows[name] |= _course(out / name, Path(folder))
     base_file = files.local_path(files.join(weights.resolve(config.model), weights.WEIGHTS))
     rows["base"]["bytes"] = base_file.stat().st_size if base_file and base_file.is_file() else None
-    found = {"artists": list(artists), **said, "rows": rows}
+    found = {"artists": list(artists), "sound": config.sound, **said, "rows": rows}
     return {**found, **_verdict(rows)}
 
 
@@ -193,7 +200,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     """The figures as a table."""
     out = [
         f"{found['train_minutes']:.1f} min to learn from, {found['valid_minutes']:.1f} min held out, of "
-        f"{', '.join(found['artists'])}",
+        f"{', '.join(found['artists'])} ({found['sound'].replace('_', ' ')})",
         "",
         "| model | held-out loss | on the way: first, best, last | others' loss | bytes | flatness | silence |",
         "|---|---|---|---|---|---|---|",
