@@ -21,7 +21,7 @@ export WANDB_SILENT ?= true
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo test test-slow ingest plan train generate import merge export codec codec-eval check check-music check-finetune ablate bench bench-generate bench-codec bench-loader bench-train bench-gpu assets music lock clean
+.PHONY: help setup dev demo test test-slow ingest plan train runs generate import merge export codec codec-eval check check-music check-finetune ablate bench bench-generate bench-codec bench-loader bench-train bench-gpu assets music lock clean
 
 help: ## this list
 	@echo "usage: make TARGET [NAME=value …] [ARGS='--setting value …']"
@@ -58,6 +58,9 @@ plan: setup ## SIZE=3.3b GPUS=64 GPU=h100-80: memory, strategy, time of a traini
 
 train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=… [GPUS=8 INIT=model LORA=16]: train, fine-tune, or resume the same RUN
 	$(BIN)/python -m training.train --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/$(SIZE))" $(if $(GPUS),--hardware.devices "$(GPUS)") $(if $(INIT),--init "$(INIT)") $(if $(LORA),--lora.rank "$(LORA)") $(ARGS)
+
+runs: setup ## [RUN=…]: which trainings there are, how they stand, what they came from
+	$(BIN)/python -m training.runs $(if $(RUN),--run "$(RUN)") $(ARGS)
 
 generate: setup ## PROMPT="…" DURATION=10 [MODEL=… BASE=… OUT=… SEED=… MELODY=… AUDIO=… STREAM=1]: text to wav
 	$(BIN)/python -m musicgen.generate --model "$(or $(MODEL),demo)" --duration "$(DURATION)" --seed "$(SEED)" --out "$(or $(OUT),out.wav)" $(if $(MELODY),--melody "$(MELODY)") $(if $(AUDIO),--prompt_audio "$(AUDIO)") $(if $(STREAM),--stream true) $(if $(BASE),--base "$(BASE)") $(ARGS)

@@ -28,6 +28,7 @@ from training import state
 from training.data import Batch
 from training.module import MusicLMModule
 from training.record import Record
+from training.watch import Stopwatch, communication_seconds
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -48,6 +49,8 @@ class LogConfig:
         clips: clips of a set; 0 makes none.
         clip_seconds: length of a clip.
         prompts: prompts of the clips; when empty, descriptions of validation tracks.
+        profile_at: first step of a trace in the run's `profile/`; 0 makes none.
+        profile_steps: steps of the trace.
     """
 
     every: int = 10
@@ -60,10 +63,13 @@ class LogConfig:
     clips: int = 4
     clip_seconds: float = 10.0
     prompts: tuple[str, ...] = ()
+    profile_at: int = 0
+    profile_steps: int = 3
 
     def __post_init__(self) -> None:
         least_of = {"every": 1, "valid_every": 1, "state_every": 1, "state_keep": 1, "state_keep_every": 0}
-        for name, least in {**least_of, "clips_every": 0, "clips": 0}.items():
+        least_of |= {"clips_every": 0, "clips": 0, "profile_at": 0, "profile_steps": 1}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"log.{name} is {getattr(self, name)}; it must be at least {least}")
         if not 0.1 <= self.clip_seconds <= 300:
@@ -102,46 +108,9 @@ class EachStep(pl.Callback):
         return step == self.last_step or (every > 0 and step % every == 0)
 
 
-class Stopwatch(pl.Callback):
-    """Times the batches: how much audio per second, and which share of the time passes outside the model.
-
-    Outside is all that lies between the end of one batch and the start of the next: waiting for data, Lightning, and
-    the callbacks' bookkeeping. Validation, clips and states are taken out by `pause`: they happen once in a while and
-    are no part of a step.
-    """
-
-    def __init__(self) -> None:
-        self.reset(0.0)
-
-    def reset(self, audio_seconds: float) -> None:
-        """Start a new window at this many seconds of audio seen."""
-        self.begin = self.mark = time.perf_counter()
-        self.outside = self.paused = 0.0
-        self.audio_begin = audio_seconds
-
-    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        self.reset(module.progress.audio_seconds_seen)
-
-    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
-        self.outside += time.perf_counter() - self.mark
-
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        self.mark = time.perf_counter()
-
-    def pause(self, since: float) -> None:
-        """Leave the time since `since` (of `time.perf_counter`) out."""
-        gone = time.perf_counter() - since
-        self.paused += gone
-        self.mark += gone
-
-    def read(self, audio_seconds: float) -> tuple[float, float]:
-        """Audio seconds per second and share outside the model since the window began."""
-        wall = max(time.perf_counter() - self.begin - self.paused, 1e-9)
-        return (audio_seconds - self.audio_begin) / wall, min(self.outside / wall, 1.0)
-
-
 class Recorder(EachStep):
-    """A line of training metrics every `every` steps: the values of that step, not a mean of a window."""
+    """A line of training metrics every `every` steps: losses and phases of that step, speeds of the steps since the
+    last line."""
 
     def __init__(self, record: Record | None, every: int, last_step: int, stopwatch: Stopwatch) -> None:
         super().__init__(last_step)
@@ -153,14 +122,13 @@ class Recorder(EachStep):
             return
         metrics = module.step_metrics()
         seen = module.progress.audio_seconds_seen
-        rate, outside = self.stopwatch.read(seen)
-        metrics |= {
-            "train/audio_seconds_per_second": rate,
-            "train/audio_seconds": seen,
-            "train/outside_model_share": outside,
-            "train/memory_gib": memory_gib(),
-        }
-        self.stopwatch.reset(seen)
+        metrics |= {"train/audio_seconds": seen, "train/memory_gib": memory_gib()}
+        metrics |= self.stopwatch.read(seen, step)
+        metrics |= {f"seconds/{phase}": seconds for phase, seconds in module.phases.read().items()}
+        talking = communication_seconds(trainer.strategy.model)
+        if talking is not None:
+            metrics["seconds/communication"] = talking
+        self.stopwatch.reset(seen, step)
         self.latest = metrics
         if self.record is not None:
             self.record.log(step, metrics)
@@ -241,6 +209,8 @@ class Clips(EachStep):
         config: when, how many, how long.
         prompts: what to ask for.
         make: (averaged model, module, path, prompt, seed, seconds) writes one clip and returns what made it.
+        ceilings: (folder) writes recordings through the codec, the best that a clip can sound, and returns files and
+            captions.
     """
 
     def __init__(
@@ -250,11 +220,12 @@ class Clips(EachStep):
         last_step: int,
         prompts: Sequence[str | None],
         make: Callable[[MusicLM, MusicLMModule, Path, str | None, int, float], dict[str, Any]],
+        ceilings: Callable[[Path], list[tuple[Path, str]]],
         stopwatch: Stopwatch,
     ) -> None:
         super().__init__(last_step)
         self.record, self.config, self.prompts = record, config, list(prompts)
-        self.make, self.stopwatch = make, stopwatch
+        self.make, self.ceilings, self.stopwatch = make, ceilings, stopwatch
 
     def after_step(self, trainer: pl.Trainer, module: MusicLMModule, step: int) -> None:
         if not self.config.clips or not self.due(step, self.config.clips_every):
@@ -269,6 +240,8 @@ class Clips(EachStep):
         folder = record.folder / "samples"
         folder.mkdir(exist_ok=True)
         clips = []
+        if not any(folder.glob("ceiling-*.wav")):
+            record.clips(step, self.ceilings(folder), "ceilings")
         for number, prompt in enumerate(self.prompts):
             path = folder / f"step-{step:07d}-{number}.wav"
             details = self.make(model, module, path, prompt, number, self.config.clip_seconds)

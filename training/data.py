@@ -7,6 +7,7 @@ applied here and never at ingest, and captions are tokenised here, in the worker
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -243,10 +244,18 @@ class Stream(IterableDataset):
 
 
 class Loader(DataLoader):
-    """A loader of whole batches that raises what its workers hand over."""
+    """A loader of whole batches that raises what its workers hand over; `waited` counts the seconds it took them."""
+
+    waited = 0.0
 
     def __iter__(self) -> Any:
-        for made in super().__iter__():
+        batches = super().__iter__()
+        while True:
+            began = time.perf_counter()
+            made = next(batches, None)
+            self.waited += time.perf_counter() - began
+            if made is None:
+                return
             if isinstance(made, UserError):
                 raise made
             yield made

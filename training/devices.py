@@ -6,6 +6,7 @@ yardsticks for a plan (training.budget), not measurements.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from dataclasses import dataclass, replace
@@ -100,8 +101,9 @@ def host_memory() -> float:
     return total
 
 
+@functools.cache
 def cpu_rate(bf16: bool, seconds: float = 0.2) -> float:
-    """FLOP per second of a matrix product of this process here and now, the yardstick for a time on a CPU."""
+    """FLOP per second of a matrix product of this process, measured once: the yardstick for a time on a CPU."""
     import torch
 
     a = torch.randn(768, 768, dtype=torch.bfloat16 if bf16 else torch.float32)
@@ -111,6 +113,13 @@ def cpu_rate(bf16: bool, seconds: float = 0.2) -> float:
         a @ a
         done += 1
     return done * 2 * 768**3 / (time.perf_counter() - began)
+
+
+def peak_of(device: Device, ranks: int, *, bf16: bool) -> float | None:
+    """FLOP per second of all ranks that an MFU is a share of: dense bf16 peaks of GPUs, on a CPU what a matrix product
+    of this process reaches; None for a GPU that is not known."""
+    peak = cpu_rate(bf16) if device.is_cpu else device.peak
+    return None if peak is None else ranks * peak
 
 
 def rate_of(device: Device, *, bf16: bool, mfu: float) -> tuple[float | None, str]:

@@ -23,6 +23,7 @@ from musicgen.errors import UserError
 from musicgen.lm import MusicLM
 from training import loss, optim, plan, state, strategy
 from training.data import Batch
+from training.watch import Phases
 
 
 class NonFiniteLoss(UserError):
@@ -67,6 +68,7 @@ class MusicLMModule(pl.LightningModule):
         self.draws = lm.config.dropout > 0 or any(isinstance(m, nn.Dropout) and m.p > 0 for m in lm.modules())
         self._prepare, self.resume = prepare, resume
         self.progress = state.Progress(accumulate=accumulate)
+        self.phases = Phases()
         self.sums = torch.zeros(lm.config.num_codebooks)
         self.counts = torch.zeros(lm.config.num_codebooks)
         self.grad_norm = torch.zeros(())
@@ -97,6 +99,8 @@ class MusicLMModule(pl.LightningModule):
         """Cross-entropy sums `[K]` of this rank's items and target counts `[K]` of the batch's `valid_frames`."""
         config = self.lm.config
         hidden, mask = text if text is not None else self.encoder.encode(batch.tokens or batch.texts)
+        if text is None:
+            self.phases.mark("text")
         inputs, targets, scored = patterns.training_columns(
             batch.codes.long(), config.special_id, valid=batch.valid, pattern=config.pattern, tail=config.tail
         )
@@ -113,6 +117,9 @@ class MusicLMModule(pl.LightningModule):
         """Loss of one part of a step, scaled so that all parts of all ranks add up to the global batch's mean."""
         if self.draws:  # the only thing a step draws from torch's generators: address it too
             torch.manual_seed(hash((self.seed, batch.step, batch_index % self.accumulate, self.global_rank)))
+        if batch_index % self.accumulate == 0:
+            self.phases.begin(self.device)
+        self.phases.mark("")  # what lies between two parts is no part of the model
         sums, counts = self.score(batch)
         if batch_index % self.accumulate == 0:
             self.sums.zero_()
@@ -122,7 +129,13 @@ class MusicLMModule(pl.LightningModule):
         self.counts = counts
         self._parts.append((batch, sums.detach()))
         # Gradients are averaged over ranks and Lightning divides by the parts: undo both, for the counts are global.
-        return loss.mean_over_codebooks(sums, counts) * (self.trainer.world_size * self.accumulate)
+        value = loss.mean_over_codebooks(sums, counts) * (self.trainer.world_size * self.accumulate)
+        self.phases.mark("forward")
+        return value
+
+    def on_after_backward(self) -> None:
+        """The gradients of this part are made."""
+        self.phases.mark("backward")
 
     def _stop_at_non_finite(self) -> None:
         """Raise `NonFiniteLoss` on every rank, naming the tracks whose loss is not finite, else all of the batch's.
@@ -174,6 +187,7 @@ class MusicLMModule(pl.LightningModule):
         self.progress.step += 1
         if self.progress.step % self.optim_config.ema_every == 0:
             self.ema.update(self.lm)
+        self.phases.mark("optimizer")
 
     def step_metrics(self) -> dict[str, float]:
         """Losses of the last step over the global batch, learning rate and gradient norm."""

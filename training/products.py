@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from musicgen import files
 
 if TYPE_CHECKING:
     from musicgen.codec import Codec
     from musicgen.lm import MusicLM
     from training.callbacks import LogConfig
+    from training.data import Batch
     from training.module import MusicLMModule
     from training.sources import Sources
     from training.train import TrainConfig
@@ -111,3 +114,29 @@ def clip_prompts(shards: Sources, config: LogConfig, validation_texts: Iterable[
     stride = max(len(texts) // max(config.clips, 1), 1)
     chosen: list[str | None] = [*texts[::stride]]
     return (chosen or [None])[: config.clips]
+
+
+def make_ceilings(
+    folder: Path, *, batches: Iterable[Batch], prompts: Sequence[str | None], codec: Codec | None, seconds: float
+) -> list[tuple[Path, str]]:
+    """For every prompt a recording through the codec, the best that its clip can sound: the validation crop with that
+    description, else another one. Returns files and captions."""
+    from musicgen import wav
+
+    if codec is None:
+        raise ValueError("ceilings need the codec")
+    crops = [
+        (text, codes[:, : int(frames)], key)
+        for batch in batches
+        for text, codes, frames, key in zip(batch.texts, batch.codes, batch.valid.sum(1), batch.keys)
+        if frames
+    ]
+    made = []
+    for number, prompt in enumerate(prompts[: len(crops)]):
+        text, codes, key = next((crop for crop in crops if crop[0] == prompt), crops[number])
+        sound = codec.decode(codes[None, :, : round(seconds * codec.frame_rate)].long())[0].cpu()
+        path, what = folder / f"ceiling-{number}.wav", "a held-out recording through the codec"
+        mark = {"what": what, "track": key, "caption": text}
+        files.write_bytes(path, wav.encode(sound, codec.sample_rate, mark, generated=False))
+        made.append((path, f"{what}: {text or '(no description)'}"))
+    return made

@@ -22,6 +22,7 @@ from typing import Any, cast
 log = logging.getLogger(__name__)
 
 STEP = "trainer/global_step"  # Lightning's name for the step in W&B
+INIT_SECONDS, FINISH_SECONDS = 30.0, 60.0  # how long a W&B server may keep a run waiting
 
 
 class MetricsFile:
@@ -80,19 +81,47 @@ def new_run_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def wandb_logger(folder: Path, run_id: str, settings_tree: Mapping[str, Any]) -> Any:
+def wandb_logger(
+    folder: Path, run_id: str, settings_tree: Mapping[str, Any], start: Mapping[str, Any] | None = None
+) -> Any:
     """Lightning's WandbLogger for a run folder, or None (with a warning) when W&B cannot start.
+
+    A server that takes the connection and then says nothing costs the time of `INIT_SECONDS`; the run is then kept
+    offline, and `wandb sync` sends it later.
 
     Args:
         folder: the run's folder; offline files go to `folder/wandb`.
         run_id: id that is kept over resumes.
         settings_tree: the run's settings as plain dicts, shown as the run's config.
+        start: what may differ between two starts of the run, shown there as well.
     """
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
+    mode = wandb_mode()
+    run = _start(folder, run_id, settings_tree, mode)
+    if run is None and mode == "online":
+        log.warning("the record is kept offline: `wandb sync %s` sends it later", folder / "wandb")
+        _forget_runs()
+        run = _start(folder, run_id, settings_tree, "offline")
+    if run is None:
+        return None
     from pytorch_lightning.loggers import WandbLogger
 
-    mode = wandb_mode()
+    if start:
+        run.config.update(dict(start), allow_val_change=True)
+    return WandbLogger(experiment=run, save_dir=str(folder))
+
+
+def _forget_runs() -> None:
+    """Stop W&B's helper process, which would go on holding the id of a run that could not start."""
+    import wandb
+
+    wandb.teardown()
+
+
+def _start(folder: Path, run_id: str, settings_tree: Mapping[str, Any], mode: str) -> Any:
+    """A W&B run, or None with a warning."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
     try:
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "musicgen"),
@@ -105,17 +134,19 @@ def wandb_logger(folder: Path, run_id: str, settings_tree: Mapping[str, Any]) ->
             settings=wandb.Settings(
                 silent=True,
                 console="off",
-                # Offline nothing can hang but a busy machine may be slow; online a silent network must not hold us.
-                init_timeout=30 if mode == "online" else 300,
+                # Offline nothing can hang but a busy machine may be slow; online a silent network must not hold us,
+                # neither at the start nor at the end. What has not been sent stays on the disk.
+                init_timeout=INIT_SECONDS if mode == "online" else 300,
+                finish_timeout=FINISH_SECONDS if mode == "online" else 0.0,
                 save_code=False,
                 disable_git=True,
             ),
         )
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP, step_sync=True)
-        return WandbLogger(experiment=run, save_dir=str(folder))
+        return run
     except Exception as error:
-        log.warning("W&B could not start (%s); the record stands in %s", error, folder / "metrics.jsonl")
+        log.warning("W&B could not start %s (%s); the record stands in %s", mode, error, folder / "metrics.jsonl")
         return None
 
 
@@ -138,7 +169,7 @@ class Record:
         self.metrics.append(step, metrics)
         self._mirror(step, dict(metrics))
 
-    def clips(self, step: int, clips: list[tuple[Path, str]]) -> None:
+    def clips(self, step: int, clips: list[tuple[Path, str]], name: str = "samples") -> None:
         """Clips already written to files, each with its prompt."""
         if self.logger is None:
             return
@@ -146,7 +177,7 @@ class Record:
 
         with self._guard():
             audio = [wandb.Audio(str(path), caption=prompt) for path, prompt in clips]
-            self._mirror(step, {"samples": audio})
+            self._mirror(step, {name: audio})
 
     def _mirror(self, step: int, values: dict[str, Any]) -> None:
         if self.logger is None:

@@ -219,14 +219,19 @@ def lay_out(config: TrainConfig, shards: Sources, before: Progress | None) -> bu
     task = task_of(config, shards.info["codec"]["frame_rate"])
     plan = budget.choose(task, device, hardware.world, nodes=hardware.nodes, **wanted)
     if _rank() == 0:
-        rate, said = devices.rate_of(device, bf16=task.bf16, mfu=0.6 if device.is_cpu else 0.4)
-        print("\n".join(budget.lines(plan, name=config.size, rate=rate, rate_said=said)), flush=True)
+        print("\n".join(plan_lines(config, plan)), flush=True)
     if not plan.fits:
         raise UserError(
             f"SIZE={config.size} does not fit {hardware.world} x {device.name} with {device.memory / 2**30:.1f} GiB; "
             f"see the plan above. What fits: {budget.what_fits(plan)}"
         )
     return plan
+
+
+def plan_lines(config: TrainConfig, plan: budget.Plan) -> list[str]:
+    """The plan as text, with the time it should take here."""
+    rate, said = devices.rate_of(plan.device, bf16=plan.task.bf16, mfu=0.6 if plan.device.is_cpu else 0.4)
+    return budget.lines(plan, name=config.size, rate=rate, rate_said=said)
 
 
 def _rank() -> int:
@@ -260,7 +265,7 @@ def fit(config: TrainConfig) -> Path:
     from musicgen import adapters
     from musicgen.lm import MusicLM
     from musicgen.weights import initial_state
-    from training import callbacks, controls, data, record, selection, sources, strategy
+    from training import callbacks, controls, data, lineage, record, selection, sources, strategy, watch
     from training.codebooks import start_from_codebooks
     from training.module import MusicLMModule
 
@@ -326,44 +331,17 @@ def fit(config: TrainConfig) -> Path:
     if before is not None:
         module.progress = dataclasses.replace(before, accumulate=plan.accumulate)
 
-    logger = record.wandb_logger(folder, run_id, identity) if run_id and is_zero else None
+    start_of: dict[str, Any] = {}
+    if is_zero:
+        start_of = {"git": lineage.git_state(), "plan": plan_lines(config, plan)}
+    logger = record.wandb_logger(folder, run_id, identity, start_of) if run_id and is_zero else None
+    if is_zero:
+        lineage.began(folder, step=start, steps=config.steps, ranks=hardware.world, **start_of)
     journal = record.Record(folder, start, logger) if is_zero else None
     condition = config.lm.condition
     batches = data.validation_batches(shards, config.batch, rank=rank, world=hardware.world, condition=condition)
     if not batches and is_zero:
         print("warning   DATA has no validation tracks: no validation, the release holds the last weights", flush=True)
-    watch = callbacks.Stopwatch()
-    recorder = callbacks.Recorder(journal, config.log.every, config.steps, watch)
-    validation = callbacks.Validation(
-        journal,
-        batches,
-        config.log.valid_every,
-        config.steps,
-        sum(unigram) / len(unigram),
-        functools.partial(products.write_release, folder=folder / "release", config=config, shards=shards, base=base),
-        watch,
-        before=bool(config.init),
-    )
-    prompts = products.clip_prompts(shards, config.log, [t for b in batches for t in b.texts]) if is_zero else []
-    describe = functools.partial(products.release_info, config=config, shards=shards, valid_loss=None)
-    clips = callbacks.Clips(
-        journal,
-        config.log,
-        config.steps,
-        prompts,
-        functools.partial(products.make_clip, codec=codec, info=describe),
-        watch,
-    )
-    background = _in_background(config, plan)
-    states = callbacks.States(folder / "state", config.log, stop, watch, background=background)
-    bar = callbacks.Bar(recorder, validation, config.steps, config.steps)
-    trainer = strategy.build_trainer(
-        hardware,
-        plan,
-        steps=stop - start,
-        callbacks=[recorder, validation, clips, states, bar, watch],
-        logger=logger,
-    )
     batch = dataclasses.replace(config.batch, accumulate=plan.accumulate)
     stream = data.Stream(
         shards,
@@ -375,13 +353,55 @@ def fit(config: TrainConfig) -> Path:
         tokenize=encoder.tokenize,
         condition=condition,
     )
+    loader = data.training_loader(stream, pin_memory=hardware.uses_gpu)
+    clock = watch.Stopwatch(plan.step_flop, devices.peak_of(plan.device, hardware.world, bf16=plan.task.bf16), loader)
+    recorder = callbacks.Recorder(journal, config.log.every, config.steps, clock)
+    validation = callbacks.Validation(
+        journal,
+        batches,
+        config.log.valid_every,
+        config.steps,
+        sum(unigram) / len(unigram),
+        functools.partial(products.write_release, folder=folder / "release", config=config, shards=shards, base=base),
+        clock,
+        before=bool(config.init),
+    )
+    prompts = products.clip_prompts(shards, config.log, [t for b in batches for t in b.texts]) if is_zero else []
+    describe = functools.partial(products.release_info, config=config, shards=shards, valid_loss=None)
+    clips = callbacks.Clips(
+        journal,
+        config.log,
+        config.steps,
+        prompts,
+        functools.partial(products.make_clip, codec=codec, info=describe),
+        functools.partial(
+            products.make_ceilings, batches=batches, prompts=prompts, codec=codec, seconds=config.log.clip_seconds
+        ),
+        clock,
+    )
+    background = _in_background(config, plan)
+    states = callbacks.States(folder / "state", config.log, stop, clock, background=background)
+    profile = watch.Profile(folder / "profile", config.log.profile_at, config.log.profile_steps)
+    bar = callbacks.Bar(recorder, validation, config.steps, config.steps)
+    trainer = strategy.build_trainer(
+        hardware,
+        plan,
+        steps=stop - start,
+        callbacks=[profile, recorder, validation, clips, states, bar, clock],
+        logger=logger,
+    )
     try:
-        trainer.fit(module, train_dataloaders=data.training_loader(stream, pin_memory=hardware.uses_gpu))
-    except BaseException:
+        trainer.fit(module, train_dataloaders=loader)
+    except BaseException as error:
         if journal is not None:
+            lineage.ended(
+                folder, step=module.progress.step, how="failed", error=f"{type(error).__name__}: {error}"[:500]
+            )
             journal.finish(exit_code=1)
         raise
     if journal is not None:
+        how = "left" if states.left_at is not None else "done" if stop == config.steps else "paused"
+        lineage.ended(folder, step=module.progress.step, how=how)
         journal.finish()
         if states.left_at is not None:
             print(

@@ -1,0 +1,190 @@
+"""What a run tells about itself: phases, MFU, traces, ceilings, where it came from; and a W&B that says nothing."""
+
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from musicgen import codec as codecs
+from musicgen import wav
+from musicgen.errors import UserError
+from tests.training.synthetic import write_dataset
+from tests.training.test_train import SMALL
+from training import budget, lineage, record, runs, train, watch
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory: pytest.TempPathFactory) -> codecs.Codec:
+    torch.manual_seed(0)
+    shape = codecs.CodecConfig(num_filters=4, hidden_size=16, ratios=(4, 4, 5, 8), num_lstm_layers=1, codebook_size=64)
+    model = codecs.build(shape)
+    for layer in model.quantizer.layers:
+        layer.codebook.embed.normal_()
+    return codecs.load(codecs.save(model, tmp_path_factory.mktemp("codec") / "small"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, codec: codecs.Codec) -> Path:
+    identity = {"name": codec.name, "identity": codec.identity}
+    return write_dataset(tmp_path_factory.mktemp("data") / "set", size=64, codec=identity)
+
+
+def words(data: Path, run: Path, *more: str) -> list[str]:
+    return ["--size", "demo", "--data", str(data), "--run", str(run), *SMALL, "--steps", "10", *more]
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, codec: codecs.Codec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten steps in two goes, with clips and a trace."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    more = ["--codec", codec.name, "--log.clips", "2", "--log.clip_seconds", "0.5", "--log.profile_at", "3"]
+    more += ["--log.profile_steps", "2", "--log.every", "2", "--batch.accumulate", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        assert train.main(words(data, folder, *more, "--stop_at", "6")) == 0
+        assert train.main(words(data, folder, *more)) == 0
+    return folder
+
+
+def test_phases_lie_end_to_end_and_make_the_step(run: Path, data: Path) -> None:
+    rows = [row for row in record.read_metrics(run / "metrics.jsonl") if "seconds/step" in row]
+    assert [row["step"] for row in rows] == [1, 2, 4, 6, 8, 10]
+    phases = ("text", "forward", "backward", "optimizer")
+    for row in rows:
+        assert all(row[f"seconds/{phase}"] > 0 for phase in phases) and row["seconds/data"] >= 0
+    row = rows[-1]  # steps are alike here, so one step's phases make up most of the mean step
+    inside = sum(row[f"seconds/{phase}"] for phase in phases) + row["seconds/data"]
+    assert 0.3 * row["seconds/step"] < inside < 3 * row["seconds/step"]
+    assert "seconds/communication" not in row  # one process talks to nobody
+
+
+def test_mfu_is_flop_by_time_by_peak() -> None:
+    clock = watch.Stopwatch(step_flop=6e9, peak=1e12)
+    clock.reset(0.0, 10)
+    clock.begin -= 3.0
+    figures = clock.read(audio_seconds=30.0, step=20)
+    assert figures["train/mfu"] == pytest.approx(6e9 * 10 / 3.0 / 1e12, rel=1e-2)
+    assert figures["seconds/step"] == pytest.approx(0.3, rel=1e-2)
+    assert figures["train/audio_seconds_per_second"] == pytest.approx(10.0, rel=1e-2)
+    assert "train/mfu" not in watch.Stopwatch(step_flop=6e9, peak=None).read(1.0, 1)
+
+
+def test_the_recorded_mfu_is_that_of_the_plan(run: Path, data: Path) -> None:
+    config = train.read_config(words(data, run, "--batch.accumulate", "2"))
+    flop = config.batch.size * budget.train_flop(config.lm, 128)
+    row = record.read_metrics(run / "metrics.jsonl")[-2]
+    reached = flop / row["seconds/step"]
+    assert 0 < row["train/mfu"] < 1.5 and reached / row["train/mfu"] > 1e9  # the peak of any processor is above this
+
+
+def test_phases_add_up_and_skip_what_is_nobodys() -> None:
+    phases = watch.Phases()
+    assert phases.read() == {}
+    phases.mark("text")  # outside any step
+    phases.begin()
+    for phase in ("text", "forward", "", "text"):
+        time.sleep(0.01)
+        phases.mark(phase)
+    found = phases.read()
+    assert list(found) == ["text", "forward"] and 0.02 <= found["text"] < 0.2 and 0.01 <= found["forward"] < 0.1
+
+
+def test_a_trace_of_the_steps_asked_for(run: Path) -> None:
+    names = sorted(path.name for path in (run / "profile").iterdir())
+    assert names == ["step-0000003-rank-0.json.gz", "step-0000003-rank-0.txt"]
+    import gzip
+
+    events = json.loads(gzip.decompress((run / "profile" / names[0]).read_bytes()))["traceEvents"]
+    updates = [e for e in events if e.get("name", "").startswith("Optimizer.step")]
+    assert len(updates) == 2  # two steps
+    assert "aten::" in (run / "profile" / names[1]).read_text()
+
+
+def test_clips_have_a_ceiling_beside_them(run: Path, codec: codecs.Codec) -> None:
+    clips = sorted(path.name for path in (run / "samples").glob("*.wav"))
+    assert clips == ["ceiling-0.wav", "ceiling-1.wav", "step-0000010-0.wav", "step-0000010-1.wav"]
+    about = wav.read_marking(run / "samples" / "ceiling-0.wav")
+    prompt = json.loads((run / "samples" / "step-0000010-0.json").read_text())["prompt"]
+    assert about["what"] == "a held-out recording through the codec" and about["caption"] == prompt
+
+
+def test_runs_are_listed_with_state_and_lineage(
+    run: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    events = lineage.read(run)
+    assert [(e["event"], e["step"]) for e in events] == [("start", 0), ("end", 6), ("start", 6), ("end", 10)]
+    assert [e["how"] for e in events if e["event"] == "end"] == ["paused", "done"]
+    assert any(line.startswith("memory") for line in events[0]["plan"])
+    child = run.parent / "second"
+    assert train.main(words(data, child, "--init", str(run / "release"), "--stop_at", "4")) == 0
+    # What a killed run leaves: a start of a process that is gone.
+    lines = (child / lineage.FILE).read_text().splitlines()
+    (child / lineage.FILE).write_text(json.dumps({**json.loads(lines[0]), "pid": 2**22 - 3}) + "\n" + '{"event": "en')
+    capsys.readouterr()
+    assert runs.main(["--folder", str(run.parent)]) == 0
+    table = capsys.readouterr().out
+    first = next(line for line in table.splitlines() if "first" in line and "second" not in line)
+    second = next(line for line in table.splitlines() if "second" in line)
+    assert "done" in first and "10 of 10" in first and " new " in first
+    assert "killed" in second and "4 of 10" in second
+    assert runs.main(["--run", str(child)]) == 0
+    told = capsys.readouterr().out
+    assert f"from      {run / 'release'}: 10 steps on data " in told and "start     " in told and "memory " in told
+    with pytest.raises(UserError, match="holds no training run"):
+        runs.main(["--run", str(run.parent / "third")])
+    assert runs.main(["--folder", str(run.parent / "nowhere")]) == 0
+    assert "no runs in" in capsys.readouterr().out
+
+
+def test_a_running_run_is_told_from_a_killed_one() -> None:
+    import platform
+
+    start = {"event": "start", "host": platform.node(), "pid": os.getpid()}
+    assert lineage.state_of([start]) == "running"
+    assert lineage.state_of([start | {"host": "elsewhere"}]) == "unknown"
+    assert lineage.state_of([start, {"event": "end", "how": "left"}]) == "left"
+    assert lineage.state_of([]) == "unknown"
+
+
+def test_the_code_is_named_by_its_commit(tmp_path: Path) -> None:
+    assert lineage.git_state(tmp_path) == {}  # no checkout
+    here = lineage.git_state()
+    assert not here or (len(here["commit"]) == 40 and isinstance(here["changed"], bool))
+
+
+def test_a_wandb_server_that_says_nothing_holds_nobody(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = socket.create_server(("127.0.0.1", 0))  # takes connections and never answers
+    held: list[socket.socket] = []
+
+    def take() -> None:
+        while True:
+            try:
+                held.append(server.accept()[0])
+            except OSError:
+                return
+
+    threading.Thread(target=take, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(record, "INIT_SECONDS", 2.0)
+    monkeypatch.setattr(record, "FINISH_SECONDS", 2.0)
+    assert record.wandb_mode() == "online"
+    began = time.monotonic()
+    try:
+        assert train.main(words(data, tmp_path / "run")) == 0
+    finally:
+        server.close()
+        for connection in held:
+            connection.close()
+    assert held and time.monotonic() - began < 90
+    assert [row["step"] for row in record.read_metrics(tmp_path / "run" / "metrics.jsonl")][-1] == 10
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))  # kept, to be sent later

@@ -1,0 +1,86 @@
+"""What a run came from, and what became of it: `runs/NAME/starts.jsonl`, a line per start and one per end.
+
+A start tells the step, the state of the code, the machine and the plan; an end tells why. A run whose last start has no
+end is still going on, where its process lives on this machine, or was killed. `training.runs` reads this.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training import record
+
+FILE = "starts.jsonl"
+HERE = Path(__file__).resolve().parent
+
+
+def git_state(folder: Path = HERE) -> dict[str, Any]:
+    """Commit of the code and whether files differ from it; empty where the code is no git checkout."""
+
+    def ask(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=20, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return {
+            "commit": ask("rev-parse", "HEAD"),
+            "changed": bool(ask("status", "--porcelain", "--untracked-files=no", "--", ".")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def began(folder: Path, *, step: int, steps: int, ranks: int, plan: Sequence[str], git: Mapping[str, Any]) -> None:
+    """Add the line of a start at `step` of `steps`."""
+    line = {"event": "start", "at": _now(), "step": step, "steps": steps, "ranks": ranks, "git": dict(git)}
+    _add(folder, line | {"host": platform.node(), "pid": os.getpid(), "plan": list(plan)})
+
+
+def ended(folder: Path, *, step: int, how: str, error: str = "") -> None:
+    """Add the line of an end: `how` is done, paused (at stop_at), left (asked by a signal) or failed."""
+    _add(folder, {"event": "end", "at": _now(), "step": step, "how": how, **({"error": error} if error else {})})
+
+
+def _add(folder: Path, line: Mapping[str, Any]) -> None:
+    with (folder / FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All starts and ends of a run, oldest first; a line cut short by a kill is left out."""
+    return record.read_metrics(folder / FILE)
+
+
+def state_of(events: Sequence[Mapping[str, Any]]) -> str:
+    """done, paused, left, failed, running, killed, or unknown for a run without events (or on another machine)."""
+    if not events:
+        return "unknown"
+    last = events[-1]
+    if last["event"] == "end":
+        return str(last["how"])
+    if last["host"] != platform.node():
+        return "unknown"
+    return "running" if _lives(int(last["pid"])) else "killed"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
