@@ -21,7 +21,7 @@ export WANDB_SILENT ?= true
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev demo test test-slow ingest plan train runs generate import merge export codec codec-eval check check-music check-finetune ablate bench bench-generate bench-codec bench-loader bench-train bench-gpu assets music lock clean
+.PHONY: help setup dev demo test test-slow ingest plan train runs generate import merge export codec codec-eval check check-music check-style check-melody check-finetune ablate bench bench-generate bench-codec bench-loader bench-train bench-gpu assets music lock clean
 
 help: ## this list
 	@echo "usage: make TARGET [NAME=value …] [ARGS='--setting value …']"
@@ -62,8 +62,8 @@ train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=… [GPUS=8 INIT=model LOR
 runs: setup ## [RUN=…]: which trainings there are, how they stand, what they came from
 	$(BIN)/python -m training.runs $(if $(RUN),--run "$(RUN)") $(ARGS)
 
-generate: setup ## PROMPT="…" DURATION=10 [MODEL=… BASE=… OUT=… SEED=… MELODY=… AUDIO=… STREAM=1]: text to wav
-	$(BIN)/python -m musicgen.generate --model "$(or $(MODEL),demo)" --duration "$(DURATION)" --seed "$(SEED)" --out "$(or $(OUT),out.wav)" $(if $(MELODY),--melody "$(MELODY)") $(if $(AUDIO),--prompt_audio "$(AUDIO)") $(if $(STREAM),--stream true) $(if $(BASE),--base "$(BASE)") $(ARGS)
+generate: setup ## PROMPT="…" DURATION=10 [MODEL=… BASE=… OUT=… SEED=… MELODY=… STYLE=… AUDIO=… STREAM=1]: text to wav
+	$(BIN)/python -m musicgen.generate --model "$(or $(MODEL),demo)" --duration "$(DURATION)" --seed "$(SEED)" --out "$(or $(OUT),out.wav)" $(if $(MELODY),--melody "$(MELODY)") $(if $(STYLE),--style "$(STYLE)") $(if $(AUDIO),--prompt_audio "$(AUDIO)") $(if $(STREAM),--stream true) $(if $(BASE),--base "$(BASE)") $(ARGS)
 
 import: setup ## FROM=… OUT=…: a transformers folder, audiocraft's files or a hub name as a release of ours
 	$(BIN)/python -m musicgen.interop.command import --source "$(FROM)" --out "$(OUT)" $(ARGS)
@@ -94,6 +94,12 @@ ablate: setup ## [DATA=… STEPS=400 OUT=runs/ablate]: the paper's codebook patt
 
 check-music: setup ## [MODEL=… DATA=…]: does the model make music, and the music asked for?
 	$(BIN)/python -m training.music_check --model "$(or $(MODEL),demo)" --data "$(or $(DATA),$(DEMO)/data)" $(ARGS)
+
+check-style: setup ## DATA=… RUN=…: what a style by example brings to the demo model (trains it first)
+	$(BIN)/python -m training.style_check --data "$(or $(DATA),data/assets/tokens)" --run "$(or $(RUN),runs/style)" $(ARGS)
+
+check-melody: setup ## DATA=… RUN=…: does augmentation help a melody model? (DATA with --chroma_variants; trains two)
+	$(BIN)/python -m training.melody_check --data "$(or $(DATA),data/melody)" --runs "$(or $(RUN),runs/melody)" $(ARGS)
 
 bench: setup ## speed of ingest by stage and of training, as tables (keep the machine otherwise idle)
 	$(BIN)/python -m benchmarks.ingest

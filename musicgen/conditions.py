@@ -1,4 +1,4 @@
-"""What the rows of a batch listen to, in one value: text, melody, and what stands for them where they are missing.
+"""What the rows of a batch listen to, in one value: text, melody, style, and what stands for them where missing.
 
 Source: Copet et al. 2023, section 2.3; the null conditions are those of the model's `ConditionConfig.null`.
 """
@@ -25,6 +25,7 @@ class Conditions:
         chroma: `[B, C]` uint8, the melody's pitch classes from the start of the clip, 255 for none; None for a model
             without melody input.
         attributes: `[B, N]` float, shares of the attributes' rows (`attributes.weights`); None for none.
+        style: `[B, dim]` float, style vectors (`MusicLM.style_vector`), zeros for none; None for none at all.
         places: `[B, L]` bool, places of the text in a prefix where they differ from `text_mask` (`null_places`).
     """
 
@@ -33,27 +34,38 @@ class Conditions:
     chroma: Tensor | None = None
     places: Tensor | None = None
     attributes: Tensor | None = None
+    style: Tensor | None = None
 
     def rows(self, index: Tensor) -> Conditions:
         """These rows, in this order."""
         chroma = self.chroma[index] if self.chroma is not None else None
         places = self.places[index] if self.places is not None else None
         attributes = self.attributes[index] if self.attributes is not None else None
-        return Conditions(self.text[index], self.text_mask[index], chroma, places, attributes)
+        style = self.style[index] if self.style is not None else None
+        return Conditions(self.text[index], self.text_mask[index], chroma, places, attributes, style)
 
     def without_text(self, lm: MusicLM) -> Conditions:
-        """The same melody, without attributes, with a null text in the places that the model's null takes."""
+        """The same melody and style, without attributes, with a null text in the places that the model's null takes."""
         places = None if lm.config.cross_attention else lm.null_places(self.text_mask)
-        return Conditions(torch.zeros_like(self.text), torch.zeros_like(self.text_mask), self.chroma, places)
+        none = torch.zeros_like(self.text), torch.zeros_like(self.text_mask)
+        return Conditions(*none, self.chroma, places, None, self.style)
 
     def without_melody(self) -> Conditions:
         """The same text without a melody."""
         return replace(self, chroma=None if self.chroma is None else torch.full_like(self.chroma, NONE))
 
+    def without_style(self) -> Conditions:
+        """The same text and melody without a style."""
+        return replace(self, style=None)
+
     def is_null(self) -> bool:
         """Whether no row has a condition."""
         has_attributes = self.attributes is not None and bool(self.attributes.any())
-        return not bool(self.text_mask.any()) and not self.has_melody() and not has_attributes
+        return not (bool(self.text_mask.any()) or self.has_melody() or has_attributes or self.has_style())
+
+    def has_style(self) -> bool:
+        """Whether any row has a style."""
+        return self.style is not None and bool(self.style.any())
 
     def has_melody(self) -> bool:
         """Whether any row has a melody."""
@@ -81,15 +93,19 @@ def stack(parts: Sequence[Conditions]) -> Conditions:
         return p.text_mask | (null & first)
 
     melodies = [p.chroma for p in parts if p.chroma is not None]
-    shares = next((p.attributes for p in parts if p.attributes is not None), None)
-    attributes = None
-    if shares is not None:
-        none = [shares.new_zeros(len(p.text), shares.shape[1]) for p in parts]
-        attributes = torch.cat([n if p.attributes is None else p.attributes for n, p in zip(none, parts)])
+
+    def together(rows: Sequence[Tensor | None]) -> Tensor | None:
+        """Rows of all parts, zeros for those of a part that has none; None where no part has any."""
+        like = next((r for r in rows if r is not None), None)
+        if like is None:
+            return None
+        return torch.cat([like.new_zeros(len(p.text), like.shape[1]) if r is None else r for r, p in zip(rows, parts)])
+
     return Conditions(
         torch.cat([padded(p.text) for p in parts]),
         torch.cat([padded(p.text_mask) for p in parts]),
         torch.cat(melodies) if melodies else None,
         torch.cat([padded(places(p)) for p in parts]),
-        attributes,
+        together([p.attributes for p in parts]),
+        together([p.style for p in parts]),
     )

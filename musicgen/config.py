@@ -21,6 +21,50 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
+class StyleConfig:
+    """A style by example: an excerpt of music whose sound modulates the blocks (see `musicgen.style`).
+
+    Args:
+        dim: width of the style vector, such as 64; 0 is a model without style.
+        latent_dim: width of the codec's latents; 0 takes that of the run's codec.
+        width, layers, heads: of the small transformer that listens to the excerpt.
+        values, levels: of the bottleneck: numbers per frame, and steps that each can take (odd).
+        keep_every: codec frames of which one is kept; 10 of 50 a second leave 5, as in the source.
+        min_seconds, max_seconds: lengths of the excerpts in training; generation takes the mean.
+    """
+
+    dim: int = 0
+    latent_dim: int = 0
+    width: int = 128
+    layers: int = 2
+    heads: int = 2
+    values: int = 16
+    levels: int = 5
+    keep_every: int = 10
+    min_seconds: float = 1.5
+    max_seconds: float = 4.5
+
+    def __post_init__(self) -> None:
+        for name, least in (("dim", 0), ("latent_dim", 0), ("layers", 0), ("values", 1), ("keep_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"condition.style.{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.levels < 3 or self.levels % 2 == 0:
+            raise ValueError(f"condition.style.levels is {self.levels}; it must be odd and at least 3")
+        if not 0.2 <= self.min_seconds <= self.max_seconds <= 30:
+            raise ValueError(
+                f"condition.style takes excerpts of {self.min_seconds} to {self.max_seconds} s; give 0.2 to 30 seconds"
+            )
+
+    def num_parameters(self) -> int:
+        """Parameters of the encoder, without what modulates the blocks."""
+        if not self.dim:
+            return 0
+        w = self.width
+        around = (self.latent_dim + 1) * w + 2 * w + (w + 1) * self.values + (self.values + 1) * self.dim
+        return around + self.layers * (12 * w * w + 4 * w)
+
+
+@dataclass(frozen=True)
 class ConditionConfig:
     """What the language model listens to.
 
@@ -36,6 +80,7 @@ class ConditionConfig:
             dropped in training, or `released`, as audiocraft's API and transformers do it for the released melody
             models: the pitch class C throughout, and zeros as long as the prompt that is being guided.
         attributes: named attributes that are set beside the text (see `musicgen.attributes`).
+        style: a style by example, off while its `dim` is 0.
     """
 
     text_encoder: str = "t5-base"
@@ -44,6 +89,7 @@ class ConditionConfig:
     chroma_frames: int = 235
     null: Literal["zeros", "released"] = "zeros"
     attributes: tuple[AttributeConfig, ...] = ()
+    style: StyleConfig = field(default_factory=StyleConfig)
 
     def __post_init__(self) -> None:
         made = tuple(AttributeConfig(**a) if isinstance(a, dict) else a for a in self.attributes)  # from JSON
@@ -103,6 +149,11 @@ class LMConfig:
         """Id of the start and filler token (one past the last code)."""
         return self.codebook_size
 
+    @property
+    def modulated(self) -> int:
+        """Norms of a block, each of which a style gives scale, shift and gate."""
+        return 3 if self.cross_attention else 2
+
     def num_parameters(self) -> int:
         """Parameters of the language model with its text projection, without the frozen text encoder."""
         d, k, v = self.dim, self.num_codebooks, self.codebook_size
@@ -110,7 +161,8 @@ class LMConfig:
         per_layer = 4 * d * d + ffn + 4 * d + ((4 * d * d + 2 * d) if self.cross_attention else 0)
         embeddings_and_heads = k * (v + 1) * d + k * v * d
         conditions = (self.condition.text_dim + 1) * d + ((NUM_CHROMA + 1) * d if self.condition.melody else 0)
-        conditions += named.size(self.condition.attributes) * d
+        conditions += named.size(self.condition.attributes) * d + self.condition.style.num_parameters()
+        per_layer += self.modulated * 3 * d * self.condition.style.dim
         return embeddings_and_heads + self.num_layers * per_layer + 2 * d + conditions
 
 

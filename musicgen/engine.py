@@ -23,7 +23,16 @@ from torch import Tensor
 from musicgen.conditions import Conditions
 from musicgen.lm import MusicLM
 from musicgen.packing import Precision, pack, stream_dtype
-from musicgen.transformer import Block, causal_mask, positions_of, sinusoid
+from musicgen.transformer import (
+    Block,
+    Modulation,
+    causal_mask,
+    gated,
+    modulations,
+    positions_of,
+    shaped,
+    sinusoid,
+)
 
 SPAN = 256  # cache entries that one graph reads: few graphs, and little read in vain
 
@@ -40,6 +49,7 @@ class Cache:
         cross_keys, cross_values: per layer `[R, H, L, D/H]`, computed once from the text.
         seen: `[R, 1, 1, L]` bool, text that a row attends to; everything for a row without any text.
         has_text: `[R, 1, 1]`; the others, 0 here, get exactly zero from cross-attention.
+        style: per layer scale, shift and gate of each norm, computed once from the style; empty without one.
         prefix: entries of the prefix.
         visible: `[R, capacity]` bool, which entries a row has; None where every row has all.
         shift: `[R, 1]` int64, by how much a row's positions stay behind its entries; with `visible`.
@@ -55,6 +65,7 @@ class Cache:
     cross_values: list[Tensor] = field(default_factory=list)
     seen: Tensor | None = None
     has_text: Tensor | None = None
+    style: list[list[Modulation]] = field(default_factory=list)
     prefix: int = 0
     visible: Tensor | None = None
     shift: Tensor | None = None
@@ -81,6 +92,7 @@ class _Layer:
         self.out = pack(block.self_attn.out_proj.weight, precision)
         self.up, self.down = pack(block.linear1.weight, precision), pack(block.linear2.weight, precision)
         self.has_cross = block.has_cross
+        self.style = block.style.weight.detach() if hasattr(block, "style") else None
         if block.has_cross:
             packed = block.cross_attention.in_proj_weight
             self.norm_cross = norm(block.norm_cross)
@@ -96,9 +108,16 @@ class _Layer:
         keys, values = F.linear(projected, self.cross_kv).to(dtype).chunk(2, dim=-1)
         return self._split(keys).contiguous(), self._split(values).contiguous()
 
+    def modulations(self, style: Tensor, dtype: torch.dtype) -> list[Modulation]:
+        """Scale, shift and gate of each norm from style vectors `[R, dim]`; once per clip, hence not packed."""
+        assert self.style is not None
+        made = modulations(style.to(self.style.dtype), self.style, 3 if self.has_cross else 2)
+        return [(a.to(dtype), b.to(dtype), c.to(dtype)) for a, b, c in made]
+
     def __call__(self, x: Tensor, cache: Cache, index: int, mask: Tensor | None, span: int | None) -> Tensor:
         """`x` `[R, S, D]` through the block; the S entries are written to the cache. `mask` None sees all of it."""
-        q, k, v = (self._split(p) for p in self.qkv(_norm(x, self.norm1)).chunk(3, dim=-1))
+        style: list[Modulation | None] = [*cache.style[index]] if cache.style else [None] * 3
+        q, k, v = (self._split(p) for p in self.qkv(shaped(_norm(x, self.norm1), style[0])).chunk(3, dim=-1))
         keys, values = cache.keys[index], cache.values[index]
         if span is not None:
             keys.index_copy_(2, cache.at, k)
@@ -109,14 +128,14 @@ class _Layer:
             keys[:, :, cache.position : end] = k
             values[:, :, cache.position : end] = v
         heard = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
-        x = x + self.out(heard.transpose(1, 2).flatten(2))
+        x = x + gated(self.out(heard.transpose(1, 2).flatten(2)), style[0])
         if self.has_cross:
-            q = self._split(self.cross_q(_norm(x, self.norm_cross)))
+            q = self._split(self.cross_q(shaped(_norm(x, self.norm_cross), style[1])))
             heard = F.scaled_dot_product_attention(
                 q, cache.cross_keys[index], cache.cross_values[index], attn_mask=cache.seen
             )
-            x = x + self.cross_out(heard.transpose(1, 2).flatten(2)) * cache.has_text  # type: ignore[operator]
-        return x + self.down(self.activation(self.up(_norm(x, self.norm2))))
+            x = x + gated(self.cross_out(heard.transpose(1, 2).flatten(2)), style[1]) * cache.has_text  # type: ignore[operator]
+        return x + gated(self.down(self.activation(self.up(shaped(_norm(x, self.norm2), style[-1])))), style[-1])
 
 
 def _norm(x: Tensor, parameters: tuple[Tensor, Tensor, float]) -> Tensor:
@@ -179,6 +198,8 @@ class Engine:
             # A fully masked row would be a softmax over nothing (NaN); let it see its padding and erase the result.
             cache.seen = (mask | ~has_text[:, None])[:, None, None, :]
             cache.has_text = has_text[:, None, None].to(self.dtype)
+        if conditions.style is not None:
+            cache.style = [layer.modulations(conditions.style, self.dtype) for layer in self.layers]
         return cache
 
     def _prefix_length(self, conditions: Conditions) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from musicgen import files, listen, settings, stems, wav
-from musicgen.chroma import NONE, chroma_bins
+from musicgen.chroma import NONE, SILENCE_DBFS, chroma_bins
 from musicgen.chroma import WINDOW as CHROMA_WINDOW
 from musicgen.errors import UserError
 from musicgen.model import MusicGen, encode_prompts, hints, load
@@ -69,6 +69,7 @@ class GenerateConfig:
         melody: an audio file whose melody to follow, for a model that listens to one (MELODY=).
         melody_stems: take the melody from voice and accompaniment alone, without drums and bass, as Demucs separates
             them (the extra `stems`).
+        style: an audio file in whose style to play, for a model with a style (STYLE=); a few seconds from its middle.
         extend_stride: seconds by which a window starts after the one before in clips longer than the training crop;
             0 takes 0.6 of the crop.
         stream: write the sound while it is being made, and say when the first was ready.
@@ -89,6 +90,7 @@ class GenerateConfig:
     attributes: dict[str, str] = field(default_factory=dict)
     melody: str = ""
     melody_stems: bool = False
+    style: str = ""
     duration: float = 10.0
     out: str = "generated.wav"
     seed: int = 0
@@ -133,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
         given = str(error).rsplit("Got value: ", 1)[-1].strip()
         raise UserError(f"DURATION={given} is not a number; {DURATION_ADVICE}") from None
     prompt = None if config.unconditional else (config.prompt or os.environ.get("PROMPT", "")).strip()
-    if prompt == "" and (config.attributes or config.melody):
+    if prompt == "" and (config.attributes or config.melody or config.style):
         prompt = None  # they say what to play
     if prompt == "":
         raise UserError(EMPTY_PROMPT)
@@ -178,6 +180,10 @@ def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tup
     if config.melody:
         melodies = _melody(model, config)
         told["melody"] = {"stems": config.melody_stems, "frames": melodies.shape[1]}
+    styles = None
+    if config.style:
+        styles = _style(model, config)
+        told["style"] = {"seconds": styles.shape[2] / model.codec.frame_rate}
     negatives = None
     if config.negative_prompt.strip():
         negatives = [config.negative_prompt.strip()]
@@ -193,6 +199,7 @@ def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tup
         config.extend_stride,
         melodies if melodies is None else melodies.expand(many, -1),
         [config.attributes] * many,
+        styles if styles is None else styles.expand(many, -1, -1),
     )
     return request, told
 
@@ -213,6 +220,23 @@ def _melody(model: MusicGen, config: GenerateConfig) -> Tensor:
     if bool((bins == NONE).all()):
         raise UserError(f"MELODY={config.melody!r} is silent throughout; give a recording with a melody")
     return bins
+
+
+def _style(model: MusicGen, config: GenerateConfig) -> Tensor:
+    """Codes `[1, K, F]` of an excerpt from the middle of the style file, as long as the mean one of the training."""
+    codec, style = model.codec, model.lm.config.condition.style
+    sound = listen.read(config.style, codec.sample_rate, codec.channels, what="STYLE")
+    seconds = sound.shape[1] / codec.sample_rate
+    if seconds < style.min_seconds:
+        raise UserError(
+            f"STYLE={config.style!r} is {seconds:.2f} s long; a style needs at least {style.min_seconds:g} s of music"
+        )
+    wanted = round((style.min_seconds + style.max_seconds) / 2 * codec.sample_rate)
+    start = max(0, (sound.shape[1] - wanted) // 2)
+    excerpt = sound[:, start : start + wanted]
+    if float(abs(excerpt).max()) < 10 ** (SILENCE_DBFS / 20):
+        raise UserError(f"STYLE={config.style!r} is silent in its middle; give a recording with music")
+    return encode_audio(model, excerpt)
 
 
 def _write_clips(

@@ -48,6 +48,11 @@ class MusicLM(nn.Module):
         tables = [conditioners["attributes"]["embed"]] if config.condition.attributes else []
         for table in [*self.emb, *self.linears, *tables]:
             gaussian_(table.weight, dim)
+        if config.condition.style.dim:  # last, so that all else is drawn as without it
+            from musicgen.style import StyleEncoder
+
+            encoder = StyleEncoder(config.condition.style)
+            self.condition_provider.get_submodule("conditioners").add_module("style", encoder)
 
     @property
     def text_projection(self) -> nn.Linear:
@@ -105,6 +110,16 @@ class MusicLM(nn.Module):
         vectors = torch.stack([part @ row for part, row in zip(parts, rows)], dim=1)
         return vectors, torch.stack([part.any(dim=1) for part in parts], dim=1)
 
+    def style_vector(self, latents: Tensor) -> Tensor:
+        """Style vectors `[B, dim]` of excerpts, latents `[B, F, H]` of `style.Latents`; zero for a row of zeros.
+
+        Raises:
+            ValueError: this model has no style.
+        """
+        if not self.config.condition.style.dim:
+            raise ValueError("this model has no style (condition.style.dim is 0)")
+        return self.get_submodule("condition_provider.conditioners.style")(latents)
+
     def heard(
         self,
         text: Tensor,
@@ -157,13 +172,15 @@ class MusicLM(nn.Module):
         chroma: Tensor | None = None,
         text_places: Tensor | None = None,
         attributes: Tensor | None = None,
+        style: Tensor | None = None,
     ) -> Tensor:
         """What the heads read: `[B, S, D]`; see `forward` for the arguments."""
         states, mask, places = self.heard(text, text_mask, text_places, attributes)
         prefix, visible = self.prefix(states, places, chroma)
         if self.config.cross_attention:
             visible = None  # a melody alone: every item has all of it
-        return self.out_norm(self.transformer(self._embed(tokens), states, mask, prefix, visible))
+        vectors = None if style is None else self.style_vector(style)
+        return self.out_norm(self.transformer(self._embed(tokens), states, mask, prefix, visible, vectors))
 
     def forward(
         self,
@@ -173,6 +190,7 @@ class MusicLM(nn.Module):
         chroma: Tensor | None = None,
         text_places: Tensor | None = None,
         attributes: Tensor | None = None,
+        style: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next column for every column.
 
@@ -186,12 +204,14 @@ class MusicLM(nn.Module):
                 those of `text_mask`, and one zero for a null text, unless given (see `null_places`).
             attributes: `[B, N]` float, shares of the rows of the attributes' tables (`attributes.weights`); an
                 attribute without any share is not heard, and none of them without this argument.
+            style: `[B, F, H]` float, latents of an excerpt of music (`style.Latents`) in whose style to go on, zero
+                where there is none.
 
         Returns:
             logits `[B, K, S, V]`.
 
         Raises:
-            ValueError: a melody for a model that has no input for it.
+            ValueError: a melody or a style for a model that has no input for it.
         """
-        x = self.hidden(tokens, text, text_mask, chroma, text_places, attributes)
+        x = self.hidden(tokens, text, text_mask, chroma, text_places, attributes, style)
         return torch.stack([head(x) for head in self.linears], dim=1)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musicgen import attributes, memory, settings, wav
+from musicgen import attributes, memory, settings, style, wav
 from musicgen.chroma import NONE
 from musicgen.conditions import Conditions
 from musicgen.engine import Engine
@@ -50,6 +50,8 @@ class Request:
         attributes: B mappings from the name of an attribute to its value, for a model that has them.
         melodies: `[B, C]` uint8, pitch classes of `chroma.chroma_bins` from the clip's start, for a model that listens
             to a melody; a row of 255 has none.
+        styles: codes `[B, K, F]` of excerpts in whose style to play, such as those of `encode_audio`, for a model with
+            a style; a row of -1 has none.
 
     Raises:
         UserError: an empty prompt, an impossible duration or stride, an audio prompt that leaves nothing to make.
@@ -64,6 +66,7 @@ class Request:
     stride_seconds: float = 0.0
     melodies: Tensor | None = None
     attributes: Sequence[Mapping[str, Any]] | None = None
+    styles: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_duration(self.duration_seconds)
@@ -116,18 +119,29 @@ def _branches(model: MusicGen, request: Request) -> tuple[list[Conditions], Tens
         encode_prompts(model, request.prompts),
         chroma=_chroma(model, request),
         attributes=_attributes(model, request),
+        style=_style(model, request),
     )
     negative = prompted.without_text(model.lm)
     if request.negatives is not None:
-        negative = replace(encode_prompts(model, request.negatives), chroma=prompted.chroma)
-    null, config = negative.without_melody(), request.sampling
+        negative = replace(encode_prompts(model, request.negatives), chroma=prompted.chroma, style=prompted.style)
+    null, config = negative.without_melody().without_style(), request.sampling
     if (prompted.is_null() and null.is_null()) or not config.guides():
         return [prompted], None
     seconds = torch.arange(math.ceil(request.duration_seconds * model.codec.frame_rate)) / model.codec.frame_rate
     scale = torch.tensor([config.guidance_at(t) for t in seconds.tolist()], device=prompted.text.device)
-    if config.guidance_melody is None or not prompted.has_melody():
-        return [prompted, null], scale[None]
-    return [prompted, negative, null], torch.stack([scale, torch.full_like(scale, config.guidance_melody)])
+    own_melody = config.guidance_melody if prompted.has_melody() else None
+    own_style = config.guidance_style if prompted.has_style() else None
+    # Each branch lacks one more condition; what has no scale of its own goes with the text.
+    less = negative if own_melody is not None else negative.without_melody()
+    less = less if own_style is not None else less.without_style()
+    branches, scales = [prompted, less], [scale]
+    if own_melody is not None:
+        branches.append(less := less.without_melody())
+        scales.append(torch.full_like(scale, own_melody))
+    if own_style is not None:
+        branches.append(less.without_style())
+        scales.append(torch.full_like(scale, own_style))
+    return branches, torch.stack(scales)
 
 
 def _chroma(model: MusicGen, request: Request) -> Tensor | None:
@@ -142,6 +156,24 @@ def _chroma(model: MusicGen, request: Request) -> Tensor | None:
             "give the MODEL of a run with --lm.condition.melody true"
         )
     return None
+
+
+def _style(model: MusicGen, request: Request) -> Tensor | None:
+    """Style vectors `[B, dim]`, zeros for a clip without an excerpt; None where no clip has one.
+
+    Each excerpt is encoded alone: a value that lies between two levels must not depend on the batch.
+    """
+    given = request.styles
+    if given is None:
+        return None
+    if not model.lm.config.condition.style.dim:
+        raise UserError(
+            "STYLE was given, but this model has no style input. Leave STYLE out, or give the MODEL of a run with "
+            "--lm.condition.style.dim 64"
+        )
+    latents = style.Latents(model.codec).to(model.lm.out_norm.weight.device)
+    with torch.no_grad():
+        return torch.cat([model.lm.style_vector(latents(excerpt[None])) for excerpt in given])
 
 
 def _attributes(model: MusicGen, request: Request) -> Tensor | None:

@@ -39,7 +39,7 @@ class Sampler:
     Args:
         engine: the model.
         branches: the conditions of each branch of the guidance, each with B rows: (prompted,) without guidance,
-            (prompted, null) or (prompted, melody alone, null) with.
+            (prompted, null) with one scale, and with scales of their own (prompted, melody alone, null) and the like.
         seeds: B seeds, any integers.
         config: how to draw.
         max_frames: longest window.

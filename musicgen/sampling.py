@@ -34,6 +34,7 @@ class SamplingConfig:
         guidance: how far to go from the unconditional prediction towards the prompt's; 1 is none.
         guidance_melody: a scale of its own for the melody, `guidance` being that of the text; none guides by both
             together.
+        guidance_style: the same for the style by example.
         guidance_over_time: pairs of second and scale, such as [[0, 6], [10, 2]], between which the scale goes
             straight and outside of which it stays; replaces `guidance`.
     """
@@ -43,6 +44,7 @@ class SamplingConfig:
     temperature: float = 1.0
     guidance: float = 3.0
     guidance_melody: float | None = None
+    guidance_style: float | None = None
     guidance_over_time: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
@@ -54,10 +56,10 @@ class SamplingConfig:
             raise ValueError(f"temperature is {self.temperature}; give 0 (likeliest code) or more, such as 1.0")
         if not (self.guidance >= 0.0 and math.isfinite(self.guidance)):
             raise ValueError(f"guidance is {self.guidance}; give 0 or more, such as 3.0 (1 is no guidance)")
-        if self.guidance_melody is not None and not (
-            self.guidance_melody >= 0.0 and math.isfinite(self.guidance_melody)
-        ):
-            raise ValueError(f"guidance_melody is {self.guidance_melody}; give 0 or more, or leave it out")
+        for name in ("guidance_melody", "guidance_style"):
+            own = getattr(self, name)
+            if own is not None and not (own >= 0.0 and math.isfinite(own)):
+                raise ValueError(f"{name} is {own}; give 0 or more, or leave it out")
         points = tuple((float(second), float(scale)) for second, scale in self.guidance_over_time)
         object.__setattr__(self, "guidance_over_time", points)  # YAML and JSON give lists
         seconds = [second for second, _ in points]
@@ -70,7 +72,7 @@ class SamplingConfig:
     def guides(self) -> bool:
         """Whether any scale differs from 1."""
         scales = [scale for _, scale in self.guidance_over_time] or [self.guidance]
-        scales += [self.guidance_melody] if self.guidance_melody is not None else []
+        scales += [own for own in (self.guidance_melody, self.guidance_style) if own is not None]
         return any(scale != 1.0 for scale in scales)
 
     def guidance_at(self, seconds: float) -> float:
@@ -126,18 +128,18 @@ def gumbel_noise(seeds: Tensor, steps: int | Tensor, num_codebooks: int, size: i
 def guide(parts: Sequence[Tensor], scales: Tensor) -> Tensor:
     """Classifier-free guidance on raw logits, over the branches of one batch.
 
-    Two parts (prompted, null) and one scale: null + scale x (prompted - null). Three parts (text and melody, melody
-    alone, null) and the scales of text and melody: null + melody scale x (melody - null) + text scale x
-    (both - melody), which is the two-part form where the scales are equal.
+    Two parts (prompted, null) and one scale: null + scale x (prompted - null). With more parts each lacks one more
+    condition than the one before and each step has a scale of its own: of (text and melody, melody alone, null),
+    null + melody scale x (melody - null) + text scale x (both - melody). Equal scales are the two-part form.
 
     Args:
-        parts: logits `[B, K, V]` of each branch.
+        parts: logits `[B, K, V]` of each branch, the fullest first, the null last.
         scales: `[branches - 1, ...]`, broadcast over the logits.
     """
-    if len(parts) == 2:
-        return parts[1] + scales[0] * (parts[0] - parts[1])
-    both, melody, null = parts
-    return null + scales[1] * (melody - null) + scales[0] * (both - melody)
+    guided = parts[-1]
+    for more, less, scale in zip(parts[-2::-1], parts[:0:-1], reversed(list(scales))):
+        guided = guided + scale * (more - less)
+    return guided
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

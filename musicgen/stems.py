@@ -1,7 +1,7 @@
-"""Voice and accompaniment of a recording, without drums and bass: what a melody is taken from (the extra `stems`).
+"""The stems of a recording: voice and accompaniment, without drums and bass, are what a melody is taken from.
 
-The only file that imports demucs. Drums and bass would often be the loudest pitch class of a frame; the released
-melody models were trained on the chroma of the other two stems.
+The extra `stems`; the only file that imports demucs. Drums and bass would often be the loudest pitch class of a frame;
+the released melody models were trained on the chroma of the other two stems.
 
 Source: Copet et al. 2023, section 2.3; audiocraft `ChromaStemConditioner` (htdemucs, stems vocals and other).
 """
@@ -21,8 +21,11 @@ MODEL = "hf://htdemucs"  # the hub's safetensors; by another name demucs may unp
 KEPT = ("vocals", "other")
 
 
-def load() -> Any:
+def load(setting: str = "melody_stems") -> Any:
     """The separator with its published weights, which demucs fetches on first use.
+
+    Args:
+        setting: what asked for it, for the message.
 
     Raises:
         UserError: demucs is not installed, or its weights cannot be had.
@@ -31,8 +34,8 @@ def load() -> Any:
         from demucs.pretrained import get_model
     except ImportError:
         raise UserError(
-            "melody_stems needs the package demucs, which is not installed; run `pip install 'demucs>=4.1,<5'` "
-            "(the extra `stems`), or leave --melody_stems out to take the melody from the whole mix"
+            f"{setting} needs the package demucs, which is not installed; run `pip install 'demucs>=4.1,<5'` "
+            f"(the extra `stems`), or leave --{setting} out to take the melody from the whole mix"
         ) from None
     try:
         return get_model(MODEL)
@@ -40,7 +43,7 @@ def load() -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(
             f"the weights of {MODEL.removeprefix('hf://')} are not here and could not be fetched ({reason}); "
-            "run it once on a machine with network, or leave --melody_stems out"
+            f"run it once on a machine with network, or leave --{setting} out"
         ) from error
 
 
@@ -51,10 +54,24 @@ def melody(audio: np.ndarray, to_hz: int, separator: Any = None) -> np.ndarray:
         separator: a demucs model; loaded when left out.
     """
     model = separator if separator is not None else load()
+    parts = _apart(audio, model)
+    return _mono(sum(parts[model.sources.index(name)] for name in KEPT), to_hz)
+
+
+def separate(audio: np.ndarray, to_hz: int, separator: Any = None) -> list[np.ndarray]:
+    """All stems of `audio` `[2, N]` at 44.1 kHz, each mono `[M]` at `to_hz`, in the order of the separator."""
+    model = separator if separator is not None else load()
+    return [_mono(part, to_hz) for part in _apart(audio, model)]
+
+
+def _apart(audio: np.ndarray, model: Any) -> torch.Tensor:
+    """`[stems, 2, N]`; no random shifts: the same file gives the same stems."""
     from demucs.apply import apply_model
 
     mix = torch.from_numpy(np.ascontiguousarray(audio, dtype=np.float32))
-    with torch.no_grad():  # no random shifts: the same file gives the same melody
-        parts = apply_model(model, mix[None], shifts=0, progress=False)[0]
-    kept = sum(parts[model.sources.index(name)] for name in KEPT)
-    return np.asarray(soxr.resample(kept.mean(dim=0).numpy(), SAMPLE_RATE, to_hz, quality="HQ"), dtype=np.float32)
+    with torch.no_grad():
+        return apply_model(model, mix[None], shifts=0, progress=False)[0]
+
+
+def _mono(part: Any, to_hz: int) -> np.ndarray:
+    return np.asarray(soxr.resample(part.mean(dim=0).numpy(), SAMPLE_RATE, to_hz, quality="HQ"), dtype=np.float32)

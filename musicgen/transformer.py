@@ -92,6 +92,38 @@ class Attention(nn.Module):
         return self._merge(out.masked_fill(~has_text[:, None, None, None], 0.0))
 
 
+Modulation = tuple[Tensor, Tensor, Tensor]  # scale, shift, gate, each [B, 1, D]
+
+
+class StyleModulation(nn.Module):
+    """Scale, shift and gate of a block's norms, linear in the style vector; zero, so without effect, at the start."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.norms = config.modulated
+        self.weight = nn.Parameter(torch.zeros(self.norms * 3 * config.dim, config.condition.style.dim))
+
+    def forward(self, style: Tensor) -> list[Modulation]:
+        """Of style vectors `[B, dim]`, one for each norm in order."""
+        return modulations(style, self.weight, self.norms)
+
+
+def modulations(style: Tensor, weight: Tensor, norms: int) -> list[Modulation]:
+    """Scale, shift and gate `[B, 1, D]` of each norm, from style vectors `[B, dim]` and a block's weight."""
+    rows = F.linear(style, weight).unflatten(1, (norms, 3, -1))[:, :, :, None]
+    return [(rows[:, n, 0], rows[:, n, 1], rows[:, n, 2]) for n in range(norms)]
+
+
+def shaped(x: Tensor, by: Modulation | None) -> Tensor:
+    """A norm's output, scaled and shifted by a style."""
+    return x if by is None else x * (1 + by[0]) + by[1]
+
+
+def gated(x: Tensor, by: Modulation | None) -> Tensor:
+    """What goes into the residual stream, gated by a style."""
+    return x if by is None else x * (1 + by[2])
+
+
 class Block(nn.Module):
     """One pre-norm transformer block."""
 
@@ -109,22 +141,33 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, config.ffn_mult * dim, bias=False)
         self.linear2 = nn.Linear(config.ffn_mult * dim, dim, bias=False)
+        if config.condition.style.dim:
+            self.style = StyleModulation(config)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        hidden = self.linear1(self.norm2(x))
+    def _feed_forward(self, x: Tensor, by: Modulation | None) -> Tensor:
+        hidden = self.linear1(shaped(self.norm2(x), by))
         hidden = F.gelu(hidden) if self.activation == "gelu" else F.relu(hidden)  # gelu by erf, as the weights need
-        return x + self._drop(self.linear2(self._drop(hidden)))
+        return x + gated(self._drop(self.linear2(self._drop(hidden))), by)
 
-    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`x` `[B, S, D]`, projected text `[B, L, D]`, its mask `[B, L]`, self-attention mask -> `[B, S, D]`."""
-        x = x + self._drop(self.self_attn.causal(self.norm1(x), mask))
+    def forward(
+        self, x: Tensor, text: Tensor, text_mask: Tensor, mask: Tensor | None = None, style: Tensor | None = None
+    ) -> Tensor:
+        """`x` `[B, S, D]`, projected text `[B, L, D]`, its mask `[B, L]`, self-attention mask -> `[B, S, D]`.
+
+        `style` `[B, dim]` are style vectors, for a model that takes them.
+        """
+        given = None if style is None else self.style(style)
+        first, last = (None, None) if given is None else (given[0], given[-1])
+        x = x + gated(self._drop(self.self_attn.causal(shaped(self.norm1(x), first), mask)), first)
         if self.has_cross:
+            by = None if given is None else given[1]
             keys, values = self.cross_attention.project_text(text)
-            x = x + self._drop(self.cross_attention.cross(self.norm_cross(x), keys, values, text_mask))
-        return self._feed_forward(x)
+            heard = self.cross_attention.cross(shaped(self.norm_cross(x), by), keys, values, text_mask)
+            x = x + gated(self._drop(heard), by)
+        return self._feed_forward(x, last)
 
 
 class Transformer(nn.Module):
@@ -134,7 +177,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         for index, block in enumerate(self.layers):
-            _init_block(block, index)
+            init_block(block, index)
 
     def forward(
         self,
@@ -143,6 +186,7 @@ class Transformer(nn.Module):
         text_mask: Tensor,
         prefix: Tensor | None = None,
         visible: Tensor | None = None,
+        style: Tensor | None = None,
     ) -> Tensor:
         """`x` `[B, S, D]` -> `[B, S, D]`.
 
@@ -150,6 +194,7 @@ class Transformer(nn.Module):
             text, text_mask: for cross-attention, projected.
             prefix: `[B, P, D]`, condition vectors before the columns.
             visible: `[B, P]` bool, which of them an item has; the others are masked and take no position.
+            style: `[B, dim]`, style vectors that modulate the blocks; zeros, or None, for none.
         """
         columns = x.shape[1]
         if prefix is not None:
@@ -163,7 +208,7 @@ class Transformer(nn.Module):
             mask = causal_mask(whole, 0, x.shape[1])
         x = x + sinusoid(positions, x.shape[2]).to(x.dtype)
         for block in self.layers:
-            x = block(x, text, text_mask, mask)
+            x = block(x, text, text_mask, mask, style)
         return x[:, -columns:]
 
 
@@ -191,7 +236,7 @@ def gaussian_(weight: Tensor, fan_in: int, depth: int | None = None) -> None:
     nn.init.trunc_normal_(weight, mean=0.0, std=std, a=-3 * std, b=3 * std)
 
 
-def _init_block(block: nn.Module, index: int) -> None:
+def init_block(block: nn.Module, index: int) -> None:
     """Every Linear of the block; the packed in_proj keep their default (a raw parameter in the reference)."""
     for module in block.modules():
         if isinstance(module, nn.Linear):

@@ -286,6 +286,8 @@ def initial_state(
 ) -> dict[str, torch.Tensor]:
     """Weights of a release to train on from, in the shape of the run; those of a mono model are widened for stereo.
 
+    A run with a style or a melody may start from a release without, whose weights then lack those of the new input.
+
     Args:
         source: what `load_release` takes.
         wanted: the model that will be trained.
@@ -313,7 +315,12 @@ def initial_state(
                 "whose numbers mean other things; use the one of the release"
             )
     had, given = (_flat(settings.to_dict(c)) for c in (there, wanted))
-    free = ("dropout", "tail", "condition.text_encoder", "condition.null")  # without weights; see the identities
+    # Without weights; see the identities.
+    free: tuple[str, ...] = ("dropout", "tail", "condition.text_encoder", "condition.null")
+    if not there.condition.style.dim:  # what a model hears beside text can be added to it
+        free += tuple(k for k in had if k.startswith("condition.style."))
+    if not there.condition.melody:
+        free += ("condition.melody", "condition.chroma_frames")
     other = [f"lm.{k}: it has {had[k]!r}, given {given[k]!r}" for k in had if had[k] != given[k] and k not in free]
     if other:
         raise UserError(

@@ -54,6 +54,9 @@ class IngestConfig:
         out: URI of the data set's folder.
         codec: `demo` (embedded), a folder, a hub name, or `tiny` (small, random, for trying a catalogue out).
         channels: 1, or 2 for stereo tokens of a mono codec: left and right apart, twice the codebooks.
+        chroma_variants: degraded versions of each track whose chroma is kept for the training of melody models
+            (`batch.augment.variants`): equalised and noisy, see `musicgen.degrade`.
+        chroma_stems: let them be other mixes of the stems as well (the extra `stems`; slow without a GPU).
         analysis: `essentia`, `builtin`, or `auto` for essentia where it is installed.
         seed: of the caption variants.
         buckets: hash buckets per split, one shard each; fixed when the set is created.
@@ -69,6 +72,8 @@ class IngestConfig:
     out: str = ""
     codec: str = "demo"
     channels: int = 1
+    chroma_variants: int = 0
+    chroma_stems: bool = False
     analysis: str = "auto"
     seed: int = 0
     buckets: int = 16
@@ -84,6 +89,10 @@ class IngestConfig:
             raise ValueError(f"buckets must lie in 1-99999, got {self.buckets}")
         if self.channels not in (1, 2):
             raise ValueError(f"channels is {self.channels}; it must be 1 (mono) or 2 (stereo)")
+        if not 0 <= self.chroma_variants <= 100:
+            raise ValueError(f"chroma_variants is {self.chroma_variants}; it must lie in 0-100")
+        if self.chroma_stems and not self.chroma_variants:
+            raise ValueError("chroma_stems says how chroma_variants are made, of which there are 0; give their number")
 
     @property
     def codec_name(self) -> str:
@@ -110,6 +119,9 @@ def identity(config: IngestConfig, codec: Codec) -> dict[str, Any]:
         "checks": asdict(config.checks),
         "captions": asdict(config.captions),
         "splits": asdict(config.splits),
+        # A set without them is what it was before they could be had.
+        **({"chroma_variants": config.chroma_variants} if config.chroma_variants else {}),
+        **({"chroma_stems": True} if config.chroma_stems else {}),
     }
 
 
@@ -175,6 +187,8 @@ class Ingest:
         self.identity = identity(config, self.codec)
         self.hash = settings_hash(self.identity)
         refuse_other_settings(self.root, self.identity, self.codec.name)
+        if config.chroma_stems:
+            stages.separator()  # what is missing is said before the work begins
         self.previous = Previous(self.root)
         self.rejects: list[tuple[Row, Reject, str | None]] = []
         self.admitted = self._gate()
@@ -309,6 +323,8 @@ class Ingest:
             self.codec.identity,
             self.codec.sample_rate,
             self.codec.channels,
+            self.config.chroma_variants,
+            self.config.chroma_stems,
         )
         with _progress(self.console) as bar:
             task = bar.add_task("starting Ray", total=len(jobs), rate="")

@@ -1,7 +1,7 @@
 """The shard format: writer, reader and index together. This file is the contract between ingest and training.
 
     OUT/shards/<split>-<bucket>.tar   per track <key>.codes.npy (int16 [K, T]), <key>.chroma.npy (uint8 [T_c]) and
-                                      <key>.json, in this order
+                                      <key>.json, in this order; chroma is [1 + n, T_c] in a set with n variants
     OUT/index.parquet                 one row per track, sorted by (shard, key), with byte offsets into the tars
     OUT/dataset.json                  codec identity, settings, dataset version, shard hashes; written last
 
@@ -96,9 +96,9 @@ def json_bytes(meta: dict[str, Any]) -> bytes:
 
 
 def make_record(codes: np.ndarray, chroma: np.ndarray, meta: dict[str, Any]) -> Record:
-    """A track's record from codes [K, T] (any integer type), chroma [T_c] and its metadata (with `key`)."""
-    if codes.ndim != 2 or chroma.ndim != 1:
-        raise ValueError(f"expected codes [K, T] and chroma [T_c], got {codes.shape} and {chroma.shape}")
+    """A track's record from codes [K, T] (any integer type), chroma [T_c] or [1 + n, T_c], metadata (with `key`)."""
+    if codes.ndim != 2 or chroma.ndim not in (1, 2):
+        raise ValueError(f"expected codes [K, T] and chroma [T_c] or [1 + n, T_c], got {codes.shape}, {chroma.shape}")
     as_int16 = npy_bytes(codes.astype(np.int16))
     return Record(meta["key"], as_int16, npy_bytes(chroma.astype(np.uint8)), json_bytes(meta))
 
@@ -206,7 +206,11 @@ class ShardSet:
 
     def chroma(self, row: int) -> np.ndarray:
         """Dominant chroma bin per chroma frame, uint8 [T_c]; 0-11, 255 = none."""
-        return npy_array(self._payload(row, "chroma"))
+        return self.chromas(row)[0]
+
+    def chromas(self, row: int) -> np.ndarray:
+        """The track's chroma, then that of its degraded variants if the set has any: uint8 [1 + n, T_c]."""
+        return np.atleast_2d(npy_array(self._payload(row, "chroma")))
 
     def meta(self, row: int) -> dict[str, Any]:
         """The track's metadata: descriptions, caption variants, rights, analysis, hashes."""

@@ -10,6 +10,7 @@ the work folder, whole or absent, so that a killed run continues with what is mi
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from musicgen import codec as codecs
-from musicgen import stereo
+from musicgen import stems, stereo
 from musicgen.errors import UserError
 from pipelines import analysis, audio, checks
 from pipelines.checks import CheckConfig, Reject
@@ -48,7 +49,8 @@ class Job:
 class TrackSettings:
     """What decides a track's facts and codes, and the limits of decoding it.
 
-    `codec` is a name for `load_codec`; `codec_identity` is what that name must mean on every machine.
+    `codec` is a name for `load_codec`; `codec_identity` is what that name must mean on every machine. Of
+    `chroma_variants` degraded versions the chroma is kept as well, with `chroma_stems` of other mixes of the stems.
     """
 
     checks: CheckConfig
@@ -58,11 +60,16 @@ class TrackSettings:
     codec_identity: str
     sample_rate_hz: int
     channels: int
+    chroma_variants: int = 0
+    chroma_stems: bool = False
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A track on its way to the codec: audio [C, N] float32 at the codec's rate, chroma [T_c] uint8, facts."""
+    """A track on its way to the codec: audio [C, N] float32 at the codec's rate, chroma uint8, facts.
+
+    Chroma is [T_c], or [1 + n, T_c] with n variants.
+    """
 
     job: Job
     audio: np.ndarray
@@ -83,7 +90,7 @@ class Result:
         facts: source_sha256 and, for a track, pcm_sha256, duration_seconds, analysis, source,
             frames; for a reject, reject.
         codes: [K, T] int16; None for a reject.
-        chroma: [T_c] uint8; None for a reject.
+        chroma: [T_c] uint8, or [1 + n, T_c] with n variants; None for a reject.
     """
 
     facts: dict[str, Any]
@@ -163,7 +170,41 @@ def _prepare(job: Job, settings: TrackSettings, decoder: audio.Decoder, data: by
             "bytes": len(data),
         },
     }
-    return Prepared(job, sound, chroma_bins(mono, settings.sample_rate_hz), facts)
+    chroma = chroma_bins(mono, settings.sample_rate_hz)
+    if settings.chroma_variants:
+        chroma = np.stack([chroma, *variants(mono, decoded, audio.pcm_sha256(decoded), settings)])
+    return Prepared(job, sound, chroma, facts)
+
+
+def variants(mono: np.ndarray, decoded: audio.Decoded, pcm_sha256: str, settings: TrackSettings) -> list[np.ndarray]:
+    """Chroma [T_c] of the degraded versions of a track, drawn by its sound alone.
+
+    Raises:
+        UserError: stems are asked for and demucs or its weights are missing.
+    """
+    from musicgen.chroma import chroma_bins
+    from musicgen.degrade import degraded
+
+    rate, parts = settings.sample_rate_hz, None
+    if settings.chroma_stems:
+        wide = audio.prepare(decoded.pcm, decoded.sample_rate_hz, stems.SAMPLE_RATE, 2)
+        parts = [_fitted(part, len(mono)) for part in stems.separate(wide, rate, separator())]
+    seed = int(pcm_sha256[:16], 16)
+    return [
+        chroma_bins(degraded(mono, (seed, number), rate, parts), rate)
+        for number in range(1, settings.chroma_variants + 1)
+    ]
+
+
+def _fitted(part: np.ndarray, samples: int) -> np.ndarray:
+    """A stem as long as the track: resampling rounds a length up or down."""
+    return np.pad(part[:samples], (0, max(0, samples - len(part))))
+
+
+@functools.cache
+def separator() -> Any:
+    """The separator of this process; raises `UserError` where demucs or its weights are missing."""
+    return stems.load("chroma_stems")
 
 
 def encode(prepared: Prepared, codec: codecs.Codec) -> Result:

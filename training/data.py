@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +22,7 @@ from musicgen.config import ConditionConfig
 from musicgen.errors import UserError
 from pipelines.shard import ShardSet
 from training import controls, loss, plan
+from training.augment import AugmentConfig
 from training.sources import Sources
 
 
@@ -38,7 +39,11 @@ class BatchConfig:
         sample_by: `tracks` draws each track alike (the reference), `seconds` each second of audio alike.
         condition_dropout: probability per item of training without its condition (needed for guidance).
         word_dropout: probability per word of a training caption of being dropped.
+        text_dropout: probability per item of training without its caption alone, which a scale of its own for a melody
+            or a style needs; the reference has 0 for text and melody, 0.4 for text and style.
         melody_dropout: probability per item of training without its melody, where the model listens to one.
+        style_dropout: the same for the excerpt, where the model has a style.
+        augment: how melodies and excerpts are made worse.
         workers: processes that read ahead; 0 reads in the training process.
         valid_crops: most crops that a validation scores.
         valid_batch: crops per forward pass of validation, on each rank.
@@ -52,7 +57,10 @@ class BatchConfig:
     sample_by: Literal["tracks", "seconds"] = "tracks"
     condition_dropout: float = 0.2
     word_dropout: float = 0.3
+    text_dropout: float = 0.0
     melody_dropout: float = 0.5
+    style_dropout: float = 0.4
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     workers: int = 4
     valid_crops: int = 1000
     valid_batch: int = 16
@@ -63,7 +71,7 @@ class BatchConfig:
         for name, least in (("size", 1), ("accumulate", 0), ("workers", 0), ("valid_crops", 1), ("valid_batch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"batch.{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("condition_dropout", "word_dropout", "melody_dropout"):
+        for name in ("condition_dropout", "word_dropout", "text_dropout", "melody_dropout", "style_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"batch.{name} is {getattr(self, name)}; it must be in [0, 1]")
         if not 0 <= self.tail_seconds <= 60:
@@ -86,6 +94,7 @@ class Batch:
         tokens: the captions as the text encoder's ids; None where they were not asked for.
         chroma: uint8 `[B, C]`, the crops' melodies; None for a model without melody input.
         attributes: float32 `[B, N]`, shares of the attributes' rows; None for a model without attributes.
+        style: int16 `[B, K, F]`, codes of excerpts, -1 for none; None for a model without a style.
     """
 
     codes: Tensor
@@ -97,13 +106,15 @@ class Batch:
     tokens: Tokens | None = None
     chroma: Tensor | None = None
     attributes: Tensor | None = None
+    style: Tensor | None = None
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tokens = None if self.tokens is None else self.tokens.apply(change)
         chroma = None if self.chroma is None else change(self.chroma)
         attributes = None if self.attributes is None else change(self.attributes)
+        style = None if self.style is None else change(self.style)
         codes, valid = change(self.codes), change(self.valid)
-        return replace(self, codes=codes, valid=valid, tokens=tokens, chroma=chroma, attributes=attributes)
+        return replace(self, codes=codes, valid=valid, tokens=tokens, chroma=chroma, attributes=attributes, style=style)
 
     def to(self, device: torch.device | str, **options: Any) -> Batch:
         """The batch with its tensors on a device (Lightning calls this)."""
@@ -135,10 +146,12 @@ def crop_rule(config: BatchConfig, frame_rate: float) -> plan.CropRule:
     )
 
 
-def training_text(meta: dict[str, Any], item: plan.Item, word_dropout: float) -> str | None:
-    """The caption a training item hears: one of the variants, words dropped; None when its condition is dropped."""
+def training_text(meta: dict[str, Any], item: plan.Item, word_dropout: float, text_dropout: float = 0.0) -> str | None:
+    """The caption a training item hears: one of the variants, words dropped; None when it is dropped itself."""
     variants = meta.get("captions") or meta.get("descriptions") or []
     if not item.keep_condition or not variants:
+        return None
+    if text_dropout and np.random.default_rng((*item.words[:-1], 7)).random() < text_dropout:
         return None
     text = variants[int(item.caption * len(variants))]["text"]
     return drop_words(text, word_dropout, np.random.default_rng(item.words)) or None
@@ -157,6 +170,8 @@ def collate(
     crop_frames: int,
     condition: ConditionConfig | None = None,
     melody_dropout: float = 0.0,
+    style_dropout: float = 0.0,
+    worse: AugmentConfig | None = None,
 ) -> Batch:
     """Read the crops of `items`, with what `condition` hears beside text, into one batch.
 
@@ -176,8 +191,11 @@ def collate(
         valid_frames=frames,
         step=items[0].step,
         keys=[keys[item.row].as_py() for item in items],
-        chroma=controls.melodies(shards, items, melody_dropout) if condition and condition.melody else None,
+        chroma=controls.melodies(shards, items, melody_dropout, worse) if condition and condition.melody else None,
         attributes=controls.attributes(shards, items, condition) if condition and condition.attributes else None,
+        style=controls.excerpts(shards, items, condition, style_dropout, worse)
+        if condition and condition.style.dim
+        else None,
     )
 
 
@@ -188,7 +206,7 @@ class Stream(IterableDataset):
         start: first step.
         rank, world: this process among all.
         tokenize: turns captions into ids; without it a batch carries its texts alone.
-        condition: what the model hears, for melodies and attributes.
+        condition: what the model hears, for melodies, attributes and excerpts.
     """
 
     def __init__(
@@ -224,8 +242,10 @@ class Stream(IterableDataset):
         )
         share = len(items) // self.parts
         items = items[part * share : (part + 1) * share]
-        texts = [training_text(self.shards.meta(i.row), i, self.config.word_dropout) for i in items]
-        made = collate(self.shards, items, texts, self.rule.frames, self.condition, self.config.melody_dropout)
+        config, metas = self.config, [self.shards.meta(i.row) for i in items]
+        texts = [training_text(m, i, config.word_dropout, config.text_dropout) for m, i in zip(metas, items)]
+        beside = config.melody_dropout, config.style_dropout, config.augment
+        made = collate(self.shards, items, texts, self.rule.frames, self.condition, *beside)
         made.valid_frames = frames
         made.tokens = self.tokenize(texts) if self.tokenize else None
         return made

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from musicgen.errors import UserError
 
 if TYPE_CHECKING:
+    from musicgen.lm import MusicLM
     from training.train import TrainConfig
 
 
@@ -48,6 +49,15 @@ def base_of(config: TrainConfig) -> dict[str, Any]:
             "first (without LORA), and adapt that one"
         )
     return adapters.base_of(config.init)
+
+
+def check_inputs(config: TrainConfig, lm: MusicLM, weights: dict[str, Any]) -> None:
+    """Raises `UserError` where an adapter would leave an input that the model of INIT lacks untrained."""
+    if config.lora.rank and (missing := sorted(lm.state_dict().keys() - weights.keys())):
+        raise UserError(
+            f"INIT={config.init!r} has no {missing[0]}, and LORA={config.lora.rank} trains an adapter alone, which "
+            "would leave it untrained. Train the model with its new melody or style first (without LORA), then adapt it"
+        )
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:

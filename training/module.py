@@ -21,6 +21,7 @@ from musicgen import patterns
 from musicgen.conditioning import TextEncoder
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
+from musicgen.style import Latents
 from training import loss, optim, plan, state, strategy
 from training.data import Batch
 from training.watch import Phases
@@ -44,6 +45,7 @@ class MusicLMModule(pl.LightningModule):
         seed: of the residual dropout, where the model has any.
         prepare: (model, device) recomputes, compiles and shards the model once processes talk to each other.
         resume: the run's `state/` to go on from at `progress.step`; None starts anew.
+        latents: the codec's frozen codebooks, for a model with a style.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class MusicLMModule(pl.LightningModule):
         seed: int = 0,
         prepare: Callable[[nn.Module, torch.device], None] | None = None,
         resume: Path | None = None,
+        latents: Latents | None = None,
     ) -> None:
         super().__init__()
         self.lm = lm
@@ -74,6 +77,7 @@ class MusicLMModule(pl.LightningModule):
         self.grad_norm = torch.zeros(())
         # In a tuple, so that torch does not take the encoder for a part of this module.
         self._encoder = (encoder,)
+        self._latents = latents
 
     @property
     def encoder(self) -> TextEncoder:
@@ -89,6 +93,8 @@ class MusicLMModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Bring all that Lightning does not know to its device; start the average; restore a resumed run."""
         self.encoder.to(self.device)
+        if self._latents is not None:
+            self._latents.to(self.device)
         self.ema = optim.EMA(self.lm, self.optim_config.ema_decay)
         self.sums, self.counts = self.sums.to(self.device), self.counts.to(self.device)
         self.progress.ranks = self.trainer.world_size
@@ -105,7 +111,8 @@ class MusicLMModule(pl.LightningModule):
             batch.codes.long(), config.special_id, valid=batch.valid, pattern=config.pattern, tail=config.tail
         )
         heads: list[Any] = list(self.lm.linears)
-        heard = self.lm.hidden(inputs, hidden, mask, chroma=batch.chroma, attributes=batch.attributes)
+        style = None if batch.style is None or self._latents is None else self._latents(batch.style)
+        heard = self.lm.hidden(inputs, hidden, mask, chroma=batch.chroma, attributes=batch.attributes, style=style)
         sums = loss.cross_entropy_sums(heard, heads, targets, scored)
         limits = patterns.scored_frames(
             self.crop_frames, config.num_codebooks, pattern=config.pattern, tail=config.tail

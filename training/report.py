@@ -28,9 +28,10 @@ import yaml
 from musicgen import files, generate, patterns, settings, weights
 from musicgen.errors import UserError
 from musicgen.sampling import SamplingConfig
+from musicgen.style import Latents
 from pipelines.shard import ShardSet
 from training import listening, loss, page
-from training.data import BatchConfig, unigram_loss, validation_batches
+from training.data import Batch, BatchConfig, unigram_loss, validation_batches
 from training.record import read_metrics
 
 LOWEST_HZ, HIGHEST_HZ, ROWS = 60.0, 16000.0, 144
@@ -169,10 +170,14 @@ def _facts(clip: listening.Clip) -> str:
 # --- learning -------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def validation_losses(model: generate.MusicGen, data: ShardSet, config: BatchConfig) -> np.ndarray:
     """Cross-entropy in nats of each codebook [K] on the validation crops of `config`; NaN without any."""
-    batches = validation_batches(data, config, condition=model.lm.config.condition)
+    return batch_losses(model, validation_batches(data, config, condition=model.lm.config.condition))
+
+
+@torch.no_grad()
+def batch_losses(model: generate.MusicGen, batches: Sequence[Batch]) -> np.ndarray:
+    """Cross-entropy in nats of each codebook [K] on batches; NaN without any."""
     if not batches:
         return np.full(model.lm.config.num_codebooks, np.nan)
     sums = counts = torch.zeros(model.lm.config.num_codebooks)
@@ -187,7 +192,8 @@ def validation_losses(model: generate.MusicGen, data: ShardSet, config: BatchCon
             tail=lm.config.tail,
         )
         heads = cast("list[torch.nn.Linear]", list(lm.linears))
-        heard = lm.hidden(inputs, hidden, mask, chroma=batch.chroma, attributes=batch.attributes)
+        excerpt = None if batch.style is None else Latents(model.codec)(batch.style)
+        heard = lm.hidden(inputs, hidden, mask, chroma=batch.chroma, attributes=batch.attributes, style=excerpt)
         sums = sums + loss.cross_entropy_sums(heard, heads, targets, scored)
         counts = counts + scored.sum(dim=(0, 2))
     return (sums / counts).numpy()

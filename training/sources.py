@@ -126,6 +126,12 @@ class Sources:
         part, own = self._at(row)
         return part.chroma(own)
 
+    def chromas(self, row: int) -> np.ndarray:
+        """The track's chroma and its variants, uint8 `[1 + n, T_c]`."""
+        self._check(row)
+        part, own = self._at(row)
+        return part.chromas(own)
+
     def meta(self, row: int) -> dict[str, Any]:
         """The track's metadata."""
         self._check(row)

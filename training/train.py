@@ -264,6 +264,7 @@ def fit(config: TrainConfig) -> Path:
 
     from musicgen import adapters
     from musicgen.lm import MusicLM
+    from musicgen.style import Latents
     from musicgen.weights import initial_state
     from training import callbacks, controls, data, lineage, record, selection, sources, strategy, watch
     from training.codebooks import start_from_codebooks
@@ -278,7 +279,9 @@ def fit(config: TrainConfig) -> Path:
     books, codes = config.lm.num_codebooks, config.lm.codebook_size
     data.check(shards, config.batch, world=hardware.world, num_codebooks=books, codebook_size=codes)
     labelled = controls.with_labels(config.lm, shards, data.tracks_of(shards, "train").rows)
-    config = dataclasses.replace(config, lm=labelled)
+    styled = config.lm.condition.style.dim > 0
+    latents = Latents(load_codec(shards, config.codec)) if styled else None
+    config = dataclasses.replace(config, lm=controls.with_latents(labelled, latents))
     folder = Path(config.run)
     before = folder_of.last_progress(folder)
     plan = lay_out(config, shards, before)
@@ -302,7 +305,7 @@ def fit(config: TrainConfig) -> Path:
         run_id = folder_of.make_run(config.run, identity)
     unigram = data.unigram_loss(shards, config.batch).tolist()
     if is_zero:
-        print("\n".join(words.data_lines(config.steps, shards, start, unigram)), flush=True)
+        print("\n".join(words.data_lines(config, encoder, shards, start, unigram)), flush=True)
     if start >= stop:
         print(f"{folder} has already made {start} of {stop} steps; nothing to do", flush=True)
         return folder
@@ -310,7 +313,8 @@ def fit(config: TrainConfig) -> Path:
     torch.manual_seed(config.seed)
     lm = strategy.build_model(functools.partial(MusicLM, config.lm), plan, rank)
     if weights is not None:
-        lm.load_state_dict(weights)
+        finetune.check_inputs(config, lm, weights)
+        lm.load_state_dict(lm.state_dict() | weights)  # an input that the release lacks keeps its start
     elif config.codebook_init and not start and (is_zero or plan.shards == 1):
         start_from_codebooks(lm, load_codec(shards, config.codec))
     if base:
@@ -327,6 +331,7 @@ def fit(config: TrainConfig) -> Path:
         seed=config.seed,
         prepare=lambda model, device: strategy.prepare(model, hardware, plan, device),
         resume=folder / "state" if start else None,
+        latents=latents,
     )
     if before is not None:
         module.progress = dataclasses.replace(before, accumulate=plan.accumulate)

@@ -6,11 +6,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training import budget, finetune, record, sources
+from training import budget, controls, finetune, record, sources
 from training.data import tracks_of
 
 if TYPE_CHECKING:
+    from musicgen.conditioning import TextEncoder
     from training.module import MusicLMModule
+    from training.train import TrainConfig
 
 
 def describe_data(shards: sources.Sources) -> str:
@@ -24,12 +26,15 @@ def describe_data(shards: sources.Sources) -> str:
     return f"{', '.join(parts)}; {made_of}"
 
 
-def data_lines(steps: int, shards: sources.Sources, start: int, unigram: list[float]) -> list[str]:
-    """What follows the plan: the data, the length of the run, what the losses are read against."""
+def data_lines(
+    config: TrainConfig, encoder: TextEncoder, shards: sources.Sources, start: int, unigram: list[float]
+) -> list[str]:
+    """What follows the plan: the data, what is heard, the length of the run, what the losses are read against."""
     books, mixture = ", ".join(f"{h:.2f}" for h in unigram), sources.describe(shards)
     return [
         f"data      {describe_data(shards)}" + (f"; mixture {mixture}" if mixture else ""),
-        f"steps     {steps}" + (f", going on from {start}" if start else ""),
+        f"hears     {controls.described(config.lm.condition, encoder)}",
+        f"steps     {config.steps}" + (f", going on from {start}" if start else ""),
         f"unigram   {sum(unigram) / len(unigram):.3f} nats on the validation crops, mean of the codebooks [{books}]: "
         "the loss of a model that only knows how common each code is",
     ]

@@ -182,6 +182,11 @@ def check_reference(parts: Parts) -> None:
             f"MODEL={parts.source!r} listens to attributes ({', '.join(a.name for a in condition.attributes)}), which "
             "exist in this program alone; only models without condition.attributes can be exported"
         )
+    if condition.style.dim:
+        raise UserError(
+            f"MODEL={parts.source!r} has a style input, which exists in this program alone; only models with "
+            "condition.style.dim 0 can be exported"
+        )
     if condition.melody and parts.config.cross_attention:
         raise UserError(
             f"MODEL={parts.source!r} has a melody and cross-attention; the reference's melody models have no "

@@ -9,7 +9,7 @@ import torch
 from musicgen import codec as codecs
 from musicgen import weights
 from musicgen.conditioning import TextEncoder
-from musicgen.config import ConditionConfig, LMConfig
+from musicgen.config import ConditionConfig, LMConfig, StyleConfig
 from musicgen.lm import MusicLM
 
 TEXT = LMConfig(dim=64, num_layers=2, num_heads=2, condition=ConditionConfig("minilm", 384))
@@ -19,6 +19,12 @@ MELODY = LMConfig(
     num_heads=2,
     cross_attention=False,
     condition=ConditionConfig("minilm", 384, melody=True, chroma_frames=8),
+)
+STYLED = LMConfig(
+    dim=64,
+    num_layers=2,
+    num_heads=2,
+    condition=ConditionConfig("minilm", 384, style=StyleConfig(dim=8, latent_dim=16, width=16)),
 )
 
 
@@ -34,6 +40,8 @@ def write_release(folder: Path, config: LMConfig = TEXT, crop_seconds: float = 1
         for name, parameter in lm.named_parameters():
             if "conditioners" in name and name.endswith("weight"):
                 parameter.data.mul_(20)
+            if "style.weight" in name:
+                parameter.data.normal_(std=0.5)
     codec = codecs.load(folder / "codec")
     encoder = TextEncoder.load("minilm")
     info = {

@@ -20,7 +20,7 @@ from musicgen import codec as codecs
 from musicgen import conditioning, generate, stereo, weights
 from musicgen.attributes import AttributeConfig
 from musicgen.conditioning import TextEncoder
-from musicgen.config import ConditionConfig, LMConfig
+from musicgen.config import ConditionConfig, LMConfig, StyleConfig
 from musicgen.engine import Engine
 from musicgen.errors import UserError
 from musicgen.interop import audiocraft, command, parts, sources
@@ -313,6 +313,10 @@ def test_what_transformers_cannot_say_is_refused(tmp_path: Path) -> None:
     for to in ("transformers", "audiocraft"):
         folder = released(replace(CONFIG, condition=heard), tmp_path / to)
         with pytest.raises(UserError, match=r"listens to attributes \(genre\)"):
+            command.main(["export", "--model", str(folder), "--to", to, "--out", str(tmp_path / "x")])
+        styled = replace(CONFIG.condition, style=StyleConfig(dim=4, latent_dim=8, width=8))
+        folder = released(replace(CONFIG, condition=styled), tmp_path / f"styled-{to}")
+        with pytest.raises(UserError, match="has a style input"):
             command.main(["export", "--model", str(folder), "--to", to, "--out", str(tmp_path / "x")])
     same = replace(CONFIG, dim=24, condition=ConditionConfig("t5", 24))
     with pytest.raises(UserError, match="same width 24"):

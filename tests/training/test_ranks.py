@@ -21,6 +21,8 @@ SMALL = shlex.split(
     "--size demo --codebook_init false --lm.dim 32 --lm.num_layers 2 --lm.num_heads 2 --lm.codebook_size 64 "
     "--batch.crop_seconds 2.56 --batch.size 8 --batch.valid_batch 2 --optim.lr 1e-2 --optim.warmup_steps 5 "
     "--hardware.precision float32 --hardware.accelerator cpu "
+    "--lm.condition.style.dim 8 --lm.condition.style.width 16 --lm.condition.style.min_seconds 0.4 "
+    "--lm.condition.style.max_seconds 0.8 "
     "--log.every 1 --log.valid_every 2 --log.state_every 2 --log.clips 0 --steps 4"
 )
 TWO = ["--hardware.devices", "2"]

@@ -1,0 +1,198 @@
+"""How well does a melody model follow its guide, and does augmentation help where the guide is worse?
+
+    python -m pipelines.ingest --catalog data/assets/music/catalog.jsonl --out data/melody --chroma_variants 3
+    python -m training.melody_check --data data/melody --runs runs/melody --steps 300
+
+Two models of the same start, steps and crops are trained by `training.train`, one on melodies as they are, one with
+`batch.augment`. Both then make clips after held-out tracks: with the track's own chroma, and with that of its sound
+equalised and in noise (`musicgen.degrade`), with holes, and with frames out of step. The figure is the share of the
+chroma frames in which clip and guide have the same dominant pitch class; the guide is always the clean one. Clips
+without a melody stand beside as what luck brings, the losses on held-out crops with the right melody and with another
+track's as what the model has learned to hear.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from musicgen import files, generate, settings
+from musicgen.chroma import NONE, chroma_bins
+from musicgen.degrade import degraded
+from musicgen.errors import UserError
+from musicgen.metrics.audio import chroma_agreement
+from musicgen.sampling import SamplingConfig
+from pipelines.shard import ShardSet
+from training import augment, report, train
+from training.augment import AugmentConfig
+from training.data import BatchConfig, validation_batches
+
+AUGMENTED = AugmentConfig(frame_dropout=0.15, frame_jitter=0.2, variants=0.5)
+GUIDES = ("clean", "noisy", "holes", "jitter")
+
+
+@dataclass(frozen=True)
+class MelodyCheckConfig:
+    """What to train and measure.
+
+    Args:
+        init: the release that both trainings start from, which gets a melody input; empty trains from nothing.
+        data: a data set ingested with `chroma_variants`, with validation tracks.
+        runs: folder of the two runs, `plain` and `augmented`; those that are done are only measured.
+        steps: length of each training.
+        arguments: more settings of both trainings.
+        clips: held-out guides, one clip each.
+        duration: seconds of each clip.
+        seed: seeds of the clips count up from here; the guides are degraded by it.
+        guidance: of the melody.
+        out: where to write the result as JSON, if anywhere.
+        augment: of the second training.
+    """
+
+    init: str = "demo"
+    data: str = "data/melody"
+    runs: str = "runs/melody"
+    steps: int = 300
+    arguments: tuple[str, ...] = ()
+    clips: int = 24
+    duration: float = 10.0
+    seed: int = 0
+    guidance: float = 3.0
+    out: str | None = None
+    augment: AugmentConfig = field(default_factory=lambda: AUGMENTED)
+
+
+def arguments(config: MelodyCheckConfig, name: str) -> list[str]:
+    """The command line of one training, `plain` or `augmented`."""
+    values: dict[str, Any] = {
+        "size": "demo",
+        "data": config.data,
+        "run": f"{config.runs}/{name}",
+        "steps": config.steps,
+        "init": config.init,
+        "codebook_init": str(not config.init).lower(),
+        "licence": "Apache-2.0",
+        "lm.condition.melody": "true",
+        "lm.condition.chroma_frames": 79,  # 10 s
+        "batch.melody_dropout": 0.1,
+        "batch.text_dropout": 0.5,
+        "batch.tail_seconds": 2.5,
+        "batch.valid_crops": 16,
+        "batch.size": 8,
+        "batch.word_dropout": 0.3,
+        "optim.lr": 1e-3,
+        "optim.warmup_steps": 20,
+        "optim.weight_decay": 0.1,
+        "log.valid_every": 100,
+        "log.clips": 0,
+    }
+    if name == "augmented":
+        values |= {f"batch.augment.{key}": value for key, value in settings.to_dict(config.augment).items()}
+    return [w for key, value in values.items() for w in (f"--{key}", str(value))] + list(config.arguments)
+
+
+def guides(sound: np.ndarray, sample_rate_hz: int, seed: int) -> dict[str, np.ndarray]:
+    """Pitch classes [T_c] of a guide `[N]`, clean and in each of the worse forms."""
+    clean = chroma_bins(sound, sample_rate_hz)
+    _, lost = augment.frames(len(clean), AugmentConfig(frame_dropout=0.3), (seed, 1))
+    source, _ = augment.frames(len(clean), AugmentConfig(frame_jitter=0.5), (seed, 2))
+    noisy = chroma_bins(degraded(sound, (seed, 3), sample_rate_hz), sample_rate_hz)
+    return {"clean": clean, "noisy": noisy, "holes": np.where(lost, np.uint8(NONE), clean), "jitter": clean[source]}
+
+
+def losses(model: generate.MusicGen, data: ShardSet) -> dict[str, float]:
+    """Validation loss, mean of the codebooks, with the own melody, another track's, and none."""
+    crops = BatchConfig(crop_seconds=10.0, tail_seconds=2.5, valid_crops=64, valid_batch=8)
+    batches = validation_batches(data, crops, condition=model.lm.config.condition)
+    of: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "own": lambda chroma: chroma,
+        "other": lambda chroma: chroma.roll(len(chroma) // 2, dims=0),
+        "none": lambda chroma: torch.full_like(chroma, NONE),
+    }
+    every = torch.cat([batch.chroma for batch in batches if batch.chroma is not None])
+    found = {}
+    for name, change in of.items():
+        parts = change(every).split([len(batch.keys) for batch in batches])
+        changed = [dataclasses.replace(batch, chroma=part) for batch, part in zip(batches, parts)]
+        found[name] = float(report.batch_losses(model, changed).mean())
+    return found
+
+
+def agreement(
+    model: generate.MusicGen, melodies: Sequence[np.ndarray | None], sounds: Sequence[np.ndarray], config: Any
+) -> float:
+    """Mean share of frames in which a clip made after a melody (or none) agrees with the clean guide's sound."""
+    prompts: list[str | None] = [None] * len(sounds)
+    seeds = [config.seed + i for i in range(len(sounds))]
+    given = None if melodies[0] is None else torch.from_numpy(np.stack([m for m in melodies if m is not None]))
+    sampling = SamplingConfig(guidance=config.guidance)
+    made, _ = generate.generate(model, prompts, config.duration, seeds, sampling, melodies=given)
+    return float(np.nanmean([chroma_agreement(s, clip[0]) for s, clip in zip(sounds, made)]))
+
+
+def check(config: MelodyCheckConfig) -> dict[str, Any]:
+    """Train both and measure; the result as plain data.
+
+    Raises:
+        UserError: of the training, or data without validation tracks or without variants of the chroma.
+    """
+    data = ShardSet.open(config.data)
+    held_out = data.rows("valid")
+    if not len(held_out) or len(data.chromas(int(held_out[0]))) < 2:
+        raise UserError(
+            f"DATA={config.data!r} needs validation tracks and degraded chroma; ingest with --chroma_variants 3"
+        )
+    for name in ("plain", "augmented"):
+        train.main(arguments(config, name))
+    models = {name: generate.load(f"{config.runs}/{name}/release") for name in ("plain", "augmented")}
+    codec = models["plain"].codec
+    frames = round(config.duration * codec.frame_rate)
+    long_enough = [int(row) for row in held_out if data.codes(int(row)).shape[1] >= frames + 50][: config.clips]
+    sounds = []
+    for row in long_enough:
+        codes = torch.from_numpy(data.codes(row)[:, 50 : 50 + frames].astype(np.int64))[None]
+        sounds.append(codec.decode(codes)[0].mean(0).cpu().numpy())
+    given = [guides(sound, codec.sample_rate, config.seed + i) for i, sound in enumerate(sounds)]
+    kept = {name: float(np.mean([(g[name] == g["clean"]).mean() for g in given])) for name in GUIDES}
+    results = {}
+    for name, model in models.items():
+        by_guide = {guide: agreement(model, [g[guide] for g in given], sounds, config) for guide in GUIDES}
+        none: list[np.ndarray | None] = [None] * len(sounds)
+        results[name] = {
+            "step": model.info["training"]["step"],
+            "loss": losses(model, data),
+            "agreement": {**by_guide, "none": agreement(model, none, sounds, config)},
+        }
+    return {
+        "settings": settings.to_dict(config),
+        "data_version": data.info["dataset_version"],
+        "clips": len(sounds),
+        "guides_unchanged": kept,
+        "models": results,
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m training.melody_check`: see `MelodyCheckConfig`."""
+    found = check(settings.parse(MelodyCheckConfig, argv, prog="python -m training.melody_check"))
+    print(f"guides    frames unchanged: {', '.join(f'{n} {v:.0%}' for n, v in found['guides_unchanged'].items())}")
+    for name, of in found["models"].items():
+        loss = of["loss"]
+        print(
+            f"{name:<10}loss {loss['own']:.4f} with the melody, {loss['other']:.4f} with another's, {loss['none']:.4f} "
+            f"without (step {of['step']}); same pitch class as the clean guide in {found['clips']} clips: "
+            + ", ".join(f"{guide} {share:.1%}" for guide, share in of["agreement"].items())
+        )
+    if out := found["settings"]["out"]:
+        files.write_bytes(out, (json.dumps(found, indent=2) + "\n").encode())
+    return 0
+
+
+if __name__ == "__main__":
+    settings.run(main)
