@@ -56,8 +56,8 @@ ingest: setup ## CATALOG=… OUT=…: licensed catalogue to shards (safe to run 
 plan: setup ## SIZE=3.3b GPUS=64 GPU=h100-80: memory, strategy, time of a training, before anything is bought
 	$(BIN)/python -m training.budget --size "$(SIZE)" $(if $(GPUS),--gpus "$(GPUS)") $(if $(GPU),--gpu "$(GPU)") $(ARGS)
 
-train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=… [GPUS=8 INIT=model LORA=16]: train, fine-tune, or resume the same RUN
-	$(BIN)/python -m training.train --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/$(SIZE))" $(if $(GPUS),--hardware.devices "$(GPUS)") $(if $(INIT),--init "$(INIT)") $(if $(LORA),--lora.rank "$(LORA)") $(ARGS)
+train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=… [GPUS=8 INIT=model LORA=16 RAY=auto]: train, fine-tune, or resume the same RUN
+	$(BIN)/python -m training.train --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/$(SIZE))" $(if $(GPUS),--hardware.devices "$(GPUS)") $(if $(INIT),--init "$(INIT)") $(if $(LORA),--lora.rank "$(LORA)") $(if $(RAY),--ray.address "$(RAY)") $(ARGS)
 
 runs: setup ## [RUN=…]: which trainings there are, how they stand, what they came from
 	$(BIN)/python -m training.runs $(if $(RUN),--run "$(RUN)") $(ARGS)

@@ -1,4 +1,4 @@
-"""Resolve `requirements.lock` and `requirements-dev.lock` from pyproject.toml, for every Python we support.
+"""Resolve the locks from pyproject.toml, for every Python: the core, what development adds, what a cluster adds.
 
 uv resolves for 3.11 to 3.13 at once and writes no path or index. Two things are taken out afterwards: the local part of
 a CPU build's version (`+cpu`), which the public index lacks, and the CUDA packages, which torch's own metadata pins
@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+HEAD = "# Written by `make lock` from pyproject.toml; exact versions for Python 3.11 to 3.13.\n"
 CUDA = re.compile(r"^(nvidia-|triton|cuda-)")
 
 
@@ -40,15 +41,24 @@ def _uv(command: list[str]) -> str:
     ).stdout
 
 
+def cluster(locked: list[str]) -> None:
+    """Write what the image of a Ray cluster adds to the `locked` lines of the other two."""
+    more = [line for line in resolve(["analysis", "cluster"], locked) if line not in locked]
+    # The pin of ray itself stands in the core.
+    more = [line for line in more if not line.startswith("ray==")]
+    (ROOT / "infra" / "requirements-cluster.lock").write_text(HEAD + "\n".join(more) + "\n")
+    print(f"infra/requirements-cluster.lock: {len(more)} more for the image of a Ray cluster")
+
+
 def main() -> None:
-    """Write both locks."""
+    """Write all locks."""
     everything = resolve(["analysis", "dev"], [])
     core = resolve(["analysis"], everything)
-    head = "# Written by `make lock` from pyproject.toml; exact versions for Python 3.11 to 3.13.\n"
-    (ROOT / "requirements.lock").write_text(head + "\n".join(core) + "\n")
+    (ROOT / "requirements.lock").write_text(HEAD + "\n".join(core) + "\n")
     extra = [line for line in everything if line not in core]
-    (ROOT / "requirements-dev.lock").write_text(head + "\n".join(extra) + "\n")
+    (ROOT / "requirements-dev.lock").write_text(HEAD + "\n".join(extra) + "\n")
     print(f"requirements.lock: {len(core)} packages; requirements-dev.lock: {len(extra)} more")
+    cluster(everything)
 
 
 if __name__ == "__main__":

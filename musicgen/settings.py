@@ -127,11 +127,14 @@ def from_dict(config_class: type[T], tree: dict[str, Any]) -> T:
 
 
 def run(main: Any) -> None:
-    """Call `main(argv)`; errors meant for the user are printed without a traceback, exit code 2."""
+    """Call `main(argv)`; errors meant for the user are printed without a traceback, exit code 2.
+
+    A first `--` is left out: launchers that take `--run` for an option of their own (torchrun) need it before ours.
+    """
     from musicgen.errors import UserError
 
     try:
-        code = main(sys.argv[1:])
+        code = main(sys.argv[2:] if sys.argv[1:2] == ["--"] else sys.argv[1:])
     except (SettingsError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

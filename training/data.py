@@ -7,6 +7,7 @@ applied here and never at ingest, and captions are tokenised here, in the worker
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -291,7 +292,14 @@ def training_loader(stream: Stream, *, pin_memory: bool = False) -> Loader:
         pin_memory=pin_memory,
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_signals,
     )
+
+
+def _leave_signals(worker: int) -> None:
+    """Slurm signals every process of a job; only the training itself acts on it, and still needs its workers then."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def validation_batches(

@@ -17,7 +17,7 @@ from musicgen.errors import UserError
 from training import record, state
 
 # Settings that may change between two starts of one run: none of them changes what is learned.
-_FREE = ("run", "data", "cache", "stop_at", "hardware", "log", "licence", "batch.workers", "batch.accumulate")
+_FREE = ("run", "data", "cache", "stop_at", "hardware", "ray", "log", "licence", "batch.workers", "batch.accumulate")
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -20,6 +20,9 @@ from torch import nn
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
 from training.budget import Plan
+
+if TYPE_CHECKING:
+    from training.launch import Launched
 
 
 @dataclass(frozen=True)
@@ -95,37 +98,75 @@ def build_trainer(
     *,
     steps: int,
     callbacks: Sequence[pl.Callback],
+    launched: Launched,
     logger: Any = None,
 ) -> pl.Trainer:
     """A Trainer that makes `steps` steps; checkpoints and bar are ours, so Lightning's own are off."""
     strategy: Any = "auto"
     if plan.strategy == "ddp":
-        strategy = pl.strategies.DDPStrategy(process_group_backend=_backend(config), gradient_as_bucket_view=True)
-    elif plan.strategy in ("fsdp", "hybrid"):
-        strategy = pl.strategies.ModelParallelStrategy(
-            data_parallel_size=config.world, tensor_parallel_size=1, process_group_backend=_backend(config)
+        strategy = _DDP(
+            launched.device, process_group_backend=process_group_backend(config), gradient_as_bucket_view=True
         )
-    return _trainer(config, strategy, steps, plan.accumulate, callbacks, logger)
+    elif plan.strategy in ("fsdp", "hybrid"):
+        strategy = _FSDP2(
+            launched.device,
+            data_parallel_size=config.world,
+            tensor_parallel_size=1,
+            process_group_backend=process_group_backend(config),
+        )
+    return _trainer(config, strategy, steps, plan.accumulate, callbacks, launched, logger)
 
 
-def build_codec_trainer(config: HardwareConfig, *, steps: int, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
+class _DDP(pl.strategies.DDPStrategy):
+    """Lightning's DDP on the device that a launcher gave this process; without one, that of its local rank."""
+
+    def __init__(self, device: torch.device | None, **options: Any) -> None:
+        super().__init__(**options)
+        self._device = device
+
+    @property
+    def root_device(self) -> torch.device:
+        return self._device or super().root_device
+
+
+class _FSDP2(pl.strategies.ModelParallelStrategy):
+    """The same for FSDP2; Ray has a strategy class of its own for DDP and FSDP1, and none for this."""
+
+    def __init__(self, device: torch.device | None, **options: Any) -> None:
+        super().__init__(**options)
+        self._device = device
+
+    @property
+    def root_device(self) -> torch.device:
+        return self._device or super().root_device
+
+
+def build_codec_trainer(
+    config: HardwareConfig, *, steps: int, callbacks: Sequence[pl.Callback], launched: Launched
+) -> pl.Trainer:
     """A Trainer of the codec: alone, or DDP with each rank holding codec and discriminator."""
     strategy: Any = "auto"
     if config.world > 1:
         # The two are back-propagated one after the other; the codebooks are kept equal by sums of their own.
         strategy = pl.strategies.DDPStrategy(
-            process_group_backend=_backend(config), find_unused_parameters=True, broadcast_buffers=False
+            process_group_backend=process_group_backend(config), find_unused_parameters=True, broadcast_buffers=False
         )
-    return _trainer(config, strategy, steps, 1, callbacks, None)
+    return _trainer(config, strategy, steps, 1, callbacks, launched, None)
 
 
-def _backend(config: HardwareConfig) -> str:
+def process_group_backend(config: HardwareConfig) -> str:
     """What processes talk by; states are written through the CPU's backend whatever the gradients travel by."""
     return "cpu:gloo,cuda:nccl" if config.uses_gpu else "gloo"
 
 
 def _trainer(
-    config: HardwareConfig, strategy: Any, steps: int, accumulate: int, callbacks: Sequence[pl.Callback], logger: Any
+    config: HardwareConfig,
+    strategy: Any,
+    steps: int,
+    accumulate: int,
+    callbacks: Sequence[pl.Callback],
+    launched: Launched,
+    logger: Any,
 ) -> pl.Trainer:
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -139,6 +180,7 @@ def _trainer(
         accumulate_grad_batches=accumulate,
         strategy=strategy,
         callbacks=list(callbacks),
+        plugins=[launched.environment] if launched.environment is not None else None,
         logger=logger or False,
         enable_checkpointing=False,
         enable_progress_bar=False,

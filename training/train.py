@@ -24,10 +24,11 @@ from musicgen import settings
 from musicgen.adapters import AdapterConfig, num_parameters
 from musicgen.config import SIZES, LMConfig, size
 from musicgen.errors import UserError
-from training import budget, devices, finetune, products, words
+from training import budget, devices, finetune, launch, products, words
 from training import folder as folder_of
 from training.callbacks import LogConfig
 from training.data import BatchConfig
+from training.launch import Launched, RayConfig
 from training.optim import MOMENTS, OptimConfig
 from training.selection import Selection
 from training.state import Progress
@@ -68,6 +69,7 @@ class TrainConfig:
         optim: how the weights move.
         log: when the run looks at itself.
         hardware: where it computes.
+        ray: whether a Ray cluster runs it.
     """
 
     size: str = "demo"
@@ -89,6 +91,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
 
 
 def read_config(argv: Sequence[str], *, folders: bool = True) -> TrainConfig:
@@ -201,8 +204,8 @@ def layout_settings(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def lay_out(config: TrainConfig, shards: Sources, before: Progress | None) -> budget.Plan:
-    """The plan of this run on this machine, printed by rank 0.
+def lay_out(config: TrainConfig, shards: Sources, before: Progress | None, *, speaks: bool) -> budget.Plan:
+    """The plan of this run on this machine, printed where it `speaks`.
 
     Args:
         before: of the state resumed from; on as many ranks the run keeps its parts per step, so that it goes on to the
@@ -218,7 +221,7 @@ def lay_out(config: TrainConfig, shards: Sources, before: Progress | None) -> bu
     device = devices.device_here(hardware.devices, hardware.uses_gpu)
     task = task_of(config, shards.info["codec"]["frame_rate"])
     plan = budget.choose(task, device, hardware.world, nodes=hardware.nodes, **wanted)
-    if _rank() == 0:
+    if speaks:
         print("\n".join(plan_lines(config, plan)), flush=True)
     if not plan.fits:
         raise UserError(
@@ -234,13 +237,6 @@ def plan_lines(config: TrainConfig, plan: budget.Plan) -> list[str]:
     return budget.lines(plan, name=config.size, rate=rate, rate_said=said)
 
 
-def _rank() -> int:
-    """This process among all; known from the launcher's environment before the processes are connected."""
-    from pytorch_lightning.utilities import rank_zero_only
-
-    return int(getattr(rank_zero_only, "rank", 0) or 0)
-
-
 def _load_encoder(config: TrainConfig) -> TextEncoder:
     from musicgen.conditioning import TextEncoder
 
@@ -253,8 +249,11 @@ def _load_encoder(config: TrainConfig) -> TextEncoder:
     return encoder
 
 
-def fit(config: TrainConfig) -> Path:
+def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
     """Train or go on; returns the run's folder.
+
+    Args:
+        launched: this process among those that train together; as its environment says when None.
 
     Raises:
         UserError: bad data, a run of other settings, a codec that does not fit, a loss that is not finite.
@@ -271,10 +270,12 @@ def fit(config: TrainConfig) -> Path:
     from training.module import MusicLMModule
 
     _quiet_libraries()
-    rank, hardware = _rank(), config.hardware
+    launched = launched or launch.here()
+    rank, hardware = launched.rank, launch.fitted(config.hardware, launched)
+    config = dataclasses.replace(config, hardware=hardware)
     is_zero = rank == 0
     strategy.check(hardware)
-    shards = sources.open_data(config.data, config.cache, rank=int(os.environ.get("LOCAL_RANK", "0")))
+    shards = sources.open_data(config.data, config.cache, rank=launched.local_rank)
     selection.apply(shards, config.select)
     books, codes = config.lm.num_codebooks, config.lm.codebook_size
     data.check(shards, config.batch, world=hardware.world, num_codebooks=books, codebook_size=codes)
@@ -284,7 +285,7 @@ def fit(config: TrainConfig) -> Path:
     config = dataclasses.replace(config, lm=controls.with_latents(labelled, latents))
     folder = Path(config.run)
     before = folder_of.last_progress(folder)
-    plan = lay_out(config, shards, before)
+    plan = lay_out(config, shards, before, speaks=is_zero)
     encoder = _load_encoder(config)
     base = finetune.base_of(config)
     identity = {
@@ -393,6 +394,7 @@ def fit(config: TrainConfig) -> Path:
         plan,
         steps=stop - start,
         callbacks=[profile, recorder, validation, clips, states, bar, clock],
+        launched=launched,
         logger=logger,
     )
     try:
@@ -431,7 +433,13 @@ def _in_background(config: TrainConfig, plan: budget.Plan) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """Train or resume; see `TrainConfig`."""
-    fit(read_config(argv))
+    config = read_config(argv)
+    if config.ray.address:
+        from training import on_ray
+
+        on_ray.fit(config)
+    else:
+        fit(config)
     return 0
 
 

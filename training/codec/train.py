@@ -23,6 +23,7 @@ from musicgen import files, settings
 from musicgen.errors import UserError
 from training import record
 from training.folder import flat
+from training.launch import Launched
 
 VALIDATION_SECONDS = 20
 MELS = ("train/log_mel", "train/mel", "train/msspec")
@@ -35,19 +36,21 @@ def main(argv: list[str]) -> int:
     import warnings
 
     import torch
-    from pytorch_lightning.utilities import rank_zero_only
 
-    from training import strategy
+    from training import launch, strategy
     from training.codec import data
-    from training.codec.config import read_config
+    from training.codec.config import check, read_config
     from training.codec.initial import start_from
     from training.codec.module import CodecModule
 
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    config = read_config(argv)
+    config, launched = read_config(argv), launch.here()
+    if launched.by:
+        config = dataclasses.replace(config, hardware=launch.fitted(config.hardware, launched))
+        check(config)
     strategy.check(config.hardware)
-    rank = int(getattr(rank_zero_only, "rank", 0) or 0)
+    rank = launched.rank
     run, shape = Path(config.run), config.network
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
@@ -72,23 +75,23 @@ def main(argv: list[str]) -> int:
         started = f"starting from {start_from(module, config.init)}"
     if rank == 0:
         _print_plan(module, train, valid, started)
-    _fit(module, stream, names, run, last if last.is_file() else None, first=rank == 0)
+    _fit(module, stream, names, run, last if last.is_file() else None, launched)
     if rank == 0:
         print(f"codec written to {run / 'release'}")
     return 0
 
 
-def _fit(module: Any, stream: Any, names: list[str], run: Path, last: Path | None, *, first: bool) -> None:
+def _fit(module: Any, stream: Any, names: list[str], run: Path, last: Path | None, launched: Launched) -> None:
     """Run Lightning's loop from the state `last`, recording on the first rank."""
     from torch.utils.data import DataLoader
 
     from training import strategy
 
-    config = module.config
+    config, first = module.config, launched.rank == 0
     logger = record.wandb_logger(run, _run_id(run), settings.to_dict(config)) if first else None
     journal = record.Record(run, stream.first_step, logger) if first else None
     watch = Watch(journal, run, config, names)
-    trainer = strategy.build_codec_trainer(config.hardware, steps=config.steps, callbacks=[watch])
+    trainer = strategy.build_codec_trainer(config.hardware, steps=config.steps, callbacks=[watch], launched=launched)
     finished = 1
     try:
         trainer.fit(module, DataLoader(stream, batch_size=None), ckpt_path=last, weights_only=True)

@@ -1,0 +1,123 @@
+"""Who started this process, and which one it is among the others: torchrun, Slurm's srun, a Ray worker, or the user.
+
+A launcher decides how many processes run where, so its word replaces `hardware.devices` and `hardware.nodes`; where the
+two contradict each other the run stops in words. Without a launcher Lightning starts the processes of this machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from musicgen.errors import UserError
+from training.strategy import HardwareConfig
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """Training on a Ray cluster instead of in this process.
+
+    Args:
+        address: `auto` for the cluster of this machine, host:port for another, `local` starts one here; empty trains
+            without Ray. `hardware.devices` x `hardware.nodes` is then the number of workers, wherever Ray places them.
+        restarts: failures of workers that a run outlives; each goes on from the last state.
+        cpus: cores that each worker reserves.
+        wait_minutes: how long to wait, in all, for the cluster to have room for the workers.
+    """
+
+    address: str = ""
+    restarts: int = 5
+    cpus: int = 1
+    wait_minutes: int = 60
+
+    def __post_init__(self) -> None:
+        for name, least in (("restarts", 0), ("cpus", 1), ("wait_minutes", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"ray.{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One process among those that train together.
+
+    Attributes:
+        by: who started it; empty where that was the user or Lightning.
+        rank: its number among all.
+        local_rank: its number on this machine.
+        world: how many there are; 0 where the settings decide.
+        local_world: how many of them are on this machine.
+        environment: how Lightning learns of the others; None leaves Lightning's choice.
+        device: where it computes; None takes the GPU numbered as the local rank.
+    """
+
+    by: str = ""
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 0
+    local_world: int = 0
+    environment: Any = None
+    device: Any = None
+
+
+def here(env: Mapping[str, str] = os.environ) -> Launched:
+    """What the environment of this process says.
+
+    Raises:
+        UserError: Slurm was asked for different numbers of tasks on its machines.
+    """
+    from pytorch_lightning.plugins.environments import (
+        LightningEnvironment,
+        SLURMEnvironment,
+        TorchElasticEnvironment,
+    )
+    from pytorch_lightning.utilities import rank_zero_only
+
+    def number(name: str) -> int:
+        return int(env.get(name) or 0)
+
+    if "TORCHELASTIC_RUN_ID" in env:
+        ranks = number("RANK"), number("LOCAL_RANK"), number("WORLD_SIZE"), number("LOCAL_WORLD_SIZE")
+        return Launched("torchrun", *ranks, environment=TorchElasticEnvironment())
+    # Set by srun alone, for the tasks of a step: a shell or a script inside an allocation is no task.
+    if number("SLURM_STEP_NUM_TASKS") > 1:
+        tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "")
+        if "," in tasks:
+            raise UserError(
+                f"Slurm started {tasks} processes on its machines; every machine needs as many: give sbatch --nodes "
+                "and --ntasks-per-node, not --ntasks"
+            )
+        local_world = int(tasks.partition("(")[0])  # "8", or "8(x4)" on four machines
+        ranks = number("SLURM_PROCID"), number("SLURM_LOCALID"), number("SLURM_STEP_NUM_TASKS"), local_world
+        # Saving and asking to be run again is ours (callbacks.States, infra/train.sbatch).
+        return Launched("srun", *ranks, environment=SLURMEnvironment(auto_requeue=False))
+    rank = int(getattr(rank_zero_only, "rank", 0) or 0)
+    alone = LightningEnvironment() if "SLURM_JOB_ID" in env else None  # Lightning takes any shell of Slurm's for a task
+    return Launched("", rank, number("LOCAL_RANK"), environment=alone)
+
+
+def fitted(hardware: HardwareConfig, launched: Launched) -> HardwareConfig:
+    """The settings with the processes that the launcher started.
+
+    Raises:
+        UserError: the settings name other numbers, or the machines have different ones.
+    """
+    if not launched.by:
+        return hardware
+    nodes, rest = divmod(launched.world, launched.local_world)
+    if rest:
+        raise UserError(
+            f"{launched.by} started {launched.world} processes, {launched.local_world} of them on this machine; "
+            "every machine needs as many"
+        )
+    for name, given, found in (
+        ("devices", hardware.devices, launched.local_world),
+        ("nodes", hardware.nodes, nodes),
+    ):
+        if given not in (1, found):
+            raise UserError(
+                f"--hardware.{name} is {given}, but {launched.by} started {launched.local_world} processes on each of "
+                f"{nodes} machines; leave --hardware.{name} out (GPUS, on the make line): the launcher decides"
+            )
+    return replace(hardware, devices=launched.local_world, nodes=nodes)

@@ -1,0 +1,199 @@
+"""Training on a Ray cluster, by Ray Train: the only file of this package that imports ray.
+
+Every worker calls the same `train.fit` as any other launcher; Ray places the processes and connects them. When one
+dies, Ray ends the others and starts all anew, on the machines that are left or have come, and the run goes on from its
+last state. The run's folder and a local DATA must lie where all machines see them.
+
+Ray takes every error for a failure that a new start may mend. An error meant for the user is one only when a second
+start says the same words, so the workers leave them with an actor; those of a peer's death do not come twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_enable_metrics_collection", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a worker stands where the command was given, see `_work`
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from musicgen import settings
+from musicgen.errors import UserError
+from training import launch
+
+if TYPE_CHECKING:
+    from training.train import TrainConfig
+
+
+class _Words:
+    """What the workers' errors said, by the start (an id of its own each) in which they were said."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, str] = {}
+        self.final = ""
+        self.latest = ""
+
+    def say(self, start: str, text: str) -> None:
+        if self.said.setdefault(text, start) != start:
+            self.final = text
+        self.latest = text
+
+    def read(self) -> tuple[str, str]:
+        """(what a new start would only say again, what was said last)."""
+        return self.final, self.latest
+
+
+def fit(config: TrainConfig) -> Path:
+    """Train or go on, on the cluster at `config.ray.address`; returns the run's folder.
+
+    Raises:
+        UserError: what a worker said twice, no cluster there, too few machines, more failures than allowed.
+    """
+    address, run = config.ray.address, Path(config.run).resolve()
+    _connect(address, config.hardware.world * config.ray.cpus)
+    try:
+        use_gpu = _uses_gpu(config)
+        config = dataclasses.replace(
+            config,
+            run=str(run),
+            hardware=dataclasses.replace(config.hardware, accelerator="gpu" if use_gpu else "cpu"),
+        )
+        return _fit(config, run, use_gpu)
+    finally:
+        ray.shutdown()
+
+
+def _fit(config: TrainConfig, run: Path, use_gpu: bool) -> Path:
+    from training.strategy import process_group_backend
+
+    words: Any = ray.remote(num_cpus=0)(_Words).remote()
+    # A start that finds no room gives up after a minute and is tried again.
+    again: Any = {"max_failures": config.ray.restarts, "controller_failure_limit": config.ray.wait_minutes}
+    failures = ray.train.FailureConfig(**again)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"config": settings.to_dict(config), "words": words, "folder": os.getcwd()},
+        torch_config=TorchConfig(backend=process_group_backend(config.hardware)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.hardware.world,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": config.ray.cpus, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            # Beside the run: Ray checks by a file there that all machines see the same disk.
+            name=f".{run.name}.ray",
+            storage_path=str(run.parent),
+            failure_config=failures,
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        _, latest = ray.get(words.read.remote())
+        print(error, file=sys.stderr)
+        raise UserError(
+            latest
+            or f"training on Ray failed more than --ray.restarts {config.ray.restarts} times, or found no room within "
+            f"--ray.wait_minutes {config.ray.wait_minutes} ({str(error).strip().splitlines()[-1][:300]}). The states "
+            "are kept: run the same command again to go on"
+        ) from error
+    finally:
+        shutil.rmtree(run.parent / f".{run.name}.ray", ignore_errors=True)
+    final, _ = ray.get(words.read.remote())
+    if final:
+        raise UserError(final)
+    return run
+
+
+def _work(given: dict[str, Any]) -> None:
+    """What one worker does: `train.fit` as the process that Ray made of it."""
+    from pytorch_lightning.utilities import rank_zero_only
+
+    from training import train
+
+    told: Any = rank_zero_only
+
+    words, start = given["words"], os.environ["MASTER_ADDR"] + ":" + os.environ["MASTER_PORT"]
+    if ray.get(words.read.remote())[0]:
+        return
+    if Path(given["folder"]).is_dir():
+        os.chdir(given["folder"])
+    config = settings.from_dict(train.TrainConfig, given["config"])
+    hardware = dataclasses.replace(config.hardware, devices=1, nodes=1)
+    try:
+        launched = _launched()
+        told.rank = launched.rank
+        train.fit(dataclasses.replace(config, hardware=hardware), launched)
+    except UserError as error:
+        ray.get(words.say.remote(start, str(error)))
+        raise
+
+
+def _launched() -> launch.Launched:
+    """This worker among the others, as Ray's context says.
+
+    Raises:
+        UserError: Ray placed different numbers of workers on its machines.
+    """
+    import torch.distributed as dist
+    from ray.train.lightning import RayLightningEnvironment
+
+    context = ray.train.get_context()
+    world, local = context.get_world_size(), context.get_local_world_size()
+    counts: list[Any] = [local]
+    if world > 1:
+        counts = [None] * world
+        dist.all_gather_object(counts, local)
+    if len(set(counts)) > 1:
+        raise UserError(
+            f"Ray placed {max(counts)} workers on one machine and {min(counts)} on another; every machine needs as "
+            f"many: give a number of GPUS ({world} now) that fills whole machines"
+        )
+    return launch.Launched(
+        "Ray",
+        context.get_world_rank(),
+        context.get_local_rank(),
+        world,
+        local,
+        environment=RayLightningEnvironment(),
+        device=ray.train.torch.get_device(),
+    )
+
+
+def _connect(address: str, cores: int) -> None:
+    """Join the cluster, or start one of `cores` here."""
+    options: dict[str, Any] = {"address": address}
+    if address == "local":
+        options |= {"num_cpus": cores, "include_dashboard": False}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise UserError(
+            f"RAY={address!r} could not be reached: {error}. Give `auto` on a machine of the cluster, host:port "
+            "(6379 as a rule) of its head, or `local` to start one here"
+        ) from error
+
+
+def _uses_gpu(config: TrainConfig) -> bool:
+    """Whether workers get GPUs: the driver's machine may have none. Says so where the cluster is too small yet."""
+    have, world = ray.cluster_resources(), config.hardware.world
+    wanted = config.hardware.accelerator
+    use_gpu = wanted == "gpu" or (wanted == "auto" and have.get("GPU", 0) > 0)
+    kind, needed = ("GPU", world) if use_gpu else ("CPU", world * config.ray.cpus)
+    if have.get(kind, 0) < needed:
+        lack = f"the Ray cluster has {have.get(kind, 0):g} {kind}s, {world} workers need {needed}"
+        if config.ray.address == "local":
+            raise UserError(f"{lack}; lower GPUS, or set --hardware.accelerator cpu")
+        print(f"waiting   {lack}; up to {config.ray.wait_minutes} minutes for machines to join", flush=True)
+    return use_gpu
