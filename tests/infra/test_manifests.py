@@ -6,6 +6,7 @@ operator's definition (ray-operator/config/crd/bases/ray.io_rayjobs.yaml of its 
 """
 
 import copy
+import functools
 import json
 import os
 import re
@@ -44,20 +45,19 @@ def strict(schema: Any) -> Any:
     return made
 
 
-def schemas() -> list[Any]:
+@functools.cache
+def checks() -> list[Any]:
     found = [json.loads((Path(__file__).parent / "kuberay_schema.json").read_text())]
     if os.environ.get("KUBERAY_CRD"):
-        crd = read(Path(os.environ["KUBERAY_CRD"]))
+        crd = yaml.load(Path(os.environ["KUBERAY_CRD"]).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         v1 = next(v for v in crd["spec"]["versions"] if v["name"] == "v1")["schema"]["openAPIV3Schema"]
         v1["properties"]["metadata"] = {"type": "object"}
         found.append(strict(v1))
-    return found
+    return [jsonschema.Draft202012Validator(schema) for schema in found]
 
 
 def problems(document: dict[str, Any]) -> list[str]:
-    return [
-        error.message for schema in schemas() for error in jsonschema.Draft202012Validator(schema).iter_errors(document)
-    ]
+    return [error.message for check in checks() for error in check.iter_errors(document)]
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.name)

@@ -47,13 +47,9 @@ def test_a_killed_worker_costs_no_step(tmp_path: Path, strategy: str) -> None:
             stderr=out,
         )
         try:
-            tiny_run.wait_for(
-                lambda: tiny_run.last_step(run) >= 8 and bool(state.steps_in(run / "state")),
-                200,
-                log.read_text,
-                driver,
-            )
+            tiny_run.wait_for(lambda: tiny_run.last_step(run) >= 1, 200, log.read_text, driver)
             workers = workers_of(driver.pid)
+            tiny_run.wait_for(lambda: bool(state.steps_in(run / "state")), 200, log.read_text, driver)
             os.kill(workers[-1], signal.SIGKILL)
             killed_at = tiny_run.last_step(run)
             assert driver.wait(timeout=200) == 0, log.read_text()
