@@ -174,6 +174,7 @@ def _quiet_libraries() -> None:
         ".*does not have many workers.*",
         ".*IterableDataset.*__len__.*",
         ".*lr_scheduler.step.*",
+        ".*`srun` command is available.*",
     ):
         warnings.filterwarnings("ignore", pattern)
     warnings.filterwarnings("ignore", category=FutureWarning)

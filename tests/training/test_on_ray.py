@@ -35,7 +35,8 @@ def workers_of(driver: int) -> list[int]:
     return sorted(filter(below, found))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_killed_worker_costs_no_step(tmp_path: Path, strategy: str) -> None:
     data, run, log = tiny_run.dataset(tmp_path / "data"), tmp_path / "run", tmp_path / "log"
     command = [sys.executable, "-m", "training.train", *tiny_run.ARGS, "--data", str(data), "--run", str(run)]
