@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from musicgen import adapters, weights
+from musicgen import codec as codecs
+from musicgen.conditioning import TextEncoder
 from musicgen.errors import UserError
 from tests.training.synthetic import STYLES, write_dataset
 from tests.training.test_train import SMALL, TIMING, same, tensors
-from training import budget, devices, finetune, record, selection, sources, train
+from training import budget, devices, finetune, finetune_check, record, rerecord, selection, sources, train
 from training.selection import Selection
 
 LORA = shlex.split(
@@ -183,3 +185,67 @@ def test_a_selection_of_nothing_is_refused(place: Path) -> None:
         selection.apply(shards, Selection(artists=("artist 23",)))  # it lies in the validation split
     with pytest.raises(ValueError, match="hold_out"):
         Selection(hold_out=1.0)
+
+
+# --- the check on ten minutes -------------------------------------------------------------------------------------
+
+
+def test_the_check_scores_as_training_does(place: Path) -> None:
+    lm, _ = weights.load_release(place / "base" / "release")
+    argv = ["--size", "demo", "--data", str(place / "data"), "--run", "x", *SMALL, *LORA]
+    batch = train.read_config([*argv, "--init", "x"]).batch
+    shards = sources.open_data(str(place / "data"))
+    found = finetune_check.validation_loss(lm, TextEncoder.load("minilm"), shards, batch)
+    before = next(row["valid/loss"] for row in rows(place / "whole") if row["step"] == 0)
+    assert found == pytest.approx(before, abs=1e-5)
+
+
+def test_unheard_artists_are_those_of_the_validation_split_with_the_most_music(place: Path) -> None:
+    shards = sources.open_data(str(place / "data"))
+    frames = shards.index.column("frames").to_numpy()
+    longest = max(shards.rows("valid"), key=lambda row: frames[row])
+    assert finetune_check.unheard_artists(shards, 0.01) == (shards.index.column("artist")[int(longest)].as_py(),)
+    with pytest.raises(UserError, match="minutes of 4 artists"):
+        finetune_check.unheard_artists(shards, 60)
+
+
+def test_an_old_tape_is_lower_slower_and_dull(tmp_path: Path, place: Path) -> None:
+    time = np.arange(64_000) / 32_000
+    dull = rerecord.old_tape(np.stack([np.sin(2 * np.pi * 440 * time), np.sin(2 * np.pi * 5000 * time)]), 32_000)
+    assert dull.shape[1] == pytest.approx(64_000 * rerecord.SEMITONE, rel=1e-3)
+    middle = dull[:, 10_000:-10_000]
+    peak = np.abs(np.fft.rfft(middle[0])).argmax() * 32_000 / middle.shape[1]
+    assert peak == pytest.approx(440 / rerecord.SEMITONE, rel=2e-3)
+    assert np.abs(middle[1]).max() < 0.01 < np.abs(middle[0]).max()
+    codec = codecs.tiny()
+    made_by = {"name": "tiny", "identity": codec.identity}
+    data = write_dataset(tmp_path / "data", tracks=4, valid=1, size=codec.codebook_size, codec=made_by)
+    shards = sources.open_data(str(data))
+    folder = rerecord.write(shards, [0, 3], codec, tmp_path / "tape")
+    made = sources.open_data(str(folder))
+    assert len(made.rows("train")) == 2 and len(made) == 2
+    for row in range(2):  # read with their hashes checked
+        original = next(r for r in range(4) if shards.meta(r)["key"] == made.meta(row)["key"])
+        ratio = made.codes(row).shape[1] / shards.codes(original).shape[1]
+        assert ratio == pytest.approx(rerecord.SEMITONE, rel=0.03)
+        assert made.index.column("artist")[row].as_py() == shards.index.column("artist")[original].as_py()
+    before = (folder / "dataset.json").stat().st_mtime_ns
+    rerecord.write(shards, [0, 3], codec, tmp_path / "tape")
+    assert (folder / "dataset.json").stat().st_mtime_ns == before
+
+
+def test_the_check_tells_collapse_noise_and_a_large_adapter() -> None:
+    def of(course: list[float], size: int = 10, **more: float) -> dict[str, Any]:
+        return {"course": dict(enumerate(course)), "bytes": size, **more}
+
+    good = {"base": {"bytes": 100}, "whole": of([7.0, 6.9], 100), "adapter": of([7.0, 6.9])}
+    assert finetune_check._verdict(good) == {"passed": True, "wrong": []}
+    for change, words in (
+        ({"adapter": of([7.0, 7.1])}, "adapter: the validation loss never fell"),
+        ({"adapter": of([7.0, 6.9, 6.95])}, "rose by 0.050"),
+        ({"whole": of([7.0, 6.9], 100, flatness=0.5)}, "a clip is noise"),
+        ({"whole": of([7.0, 6.9], 100, silence=0.9)}, "silent for 90%"),
+        ({"adapter": of([7.0, 6.9], 50)}, "not small: 50 bytes"),
+    ):
+        found = finetune_check._verdict({**good, **change})
+        assert not found["passed"] and words in found["wrong"][0]
