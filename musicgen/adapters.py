@@ -34,7 +34,8 @@ from musicgen.transformer import Attention
 WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 PARTS = ("q_proj", "k_proj", "v_proj")
-TARGETS = (*PARTS, "out_proj", "linear1", "linear2")
+# In the blocks alone: a condition's encoder may have layers of the same names.
+TARGETS = rf"transformer\.layers\.\d+\.(\w+\.)?({'|'.join(PARTS)}|out_proj|linear1|linear2)"
 _PREFIX = "base_model.model."  # what peft's own loader expects before every name
 _NAME = "default"
 
@@ -87,7 +88,7 @@ class SplitAttention(Attention):
 
 def split(lm: MusicLM) -> MusicLM:
     """Give queries, keys and values a layer each, in place; returns the same model."""
-    for module in list(lm.modules()):
+    for module in list(lm.transformer.modules()):
         for name, child in list(module.named_children()):
             if type(child) is Attention:
                 setattr(module, name, SplitAttention(child))
@@ -110,7 +111,7 @@ def attach(lm: MusicLM, config: AdapterConfig) -> MusicLM:
             r=config.rank,
             lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
             lora_dropout=config.dropout,
-            target_modules=list(TARGETS),
+            target_modules=TARGETS,
             bias="none",
         ),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +63,17 @@ def logits(lm: MusicLM) -> torch.Tensor:
         return lm.eval()(tokens, text, mask)
 
 
-@pytest.mark.parametrize("cross", [True, False])
-def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(cross: bool) -> None:
-    config = LMConfig(
-        dim=32, num_layers=2, num_heads=2, codebook_size=64, cross_attention=cross, condition=TEXT.condition
-    )
+@pytest.mark.parametrize(("cross", "style"), [(True, 0), (False, 0), (True, 16)])
+def test_a_fresh_adapter_changes_nothing_and_only_it_is_trained(cross: bool, style: int) -> None:
+    condition = replace(TEXT.condition, style=replace(TEXT.condition.style, dim=style))
+    config = LMConfig(dim=32, num_layers=2, num_heads=2, codebook_size=64, cross_attention=cross, condition=condition)
     torch.manual_seed(0)
     lm = MusicLM(config)
     before, names = logits(lm), list(lm.state_dict())
     adapters.attach(lm, CONFIG)
     torch.testing.assert_close(logits(lm), before, atol=1e-5, rtol=1e-5)
     moving = [name for name, p in lm.named_parameters() if p.requires_grad]
-    assert all(".lora_" in name for name in moving)
+    assert all(".lora_" in name and name.startswith("transformer.layers.") for name in moving)
     per_attention = 4 if not cross else 8
     assert len(moving) == 2 * 2 * (per_attention + 2)  # A and B of every projection and both feed-forward layers
     found = sum(p.numel() for p in lm.parameters() if p.requires_grad)

@@ -15,8 +15,9 @@ from musicgen import codec as codecs
 from musicgen.conditioning import TextEncoder
 from musicgen.errors import UserError
 from tests.training.synthetic import STYLES, write_dataset
-from tests.training.test_train import SMALL, TIMING, same, tensors
-from training import budget, devices, finetune, finetune_check, record, rerecord, selection, sources, train
+from tests.training.test_train import SMALL, same, tensors
+from tests.training.test_train import metrics as rows
+from training import budget, devices, finetune, finetune_check, rerecord, selection, sources, train
 from training.selection import Selection
 
 LORA = shlex.split(
@@ -34,10 +35,6 @@ def go(place: Path, run: str, *more: str) -> Path:
     argv = ["--size", "demo", "--data", str(place / "data"), "--run", str(place / run), *SMALL, *more]
     assert train.main(argv) == 0
     return place / run
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in record.read_metrics(run / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
