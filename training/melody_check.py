@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from musicgen import files, generate, settings
-from musicgen.chroma import NONE, chroma_bins
+from musicgen.chroma import HOP, NONE, chroma_bins
 from musicgen.degrade import degraded
 from musicgen.errors import UserError
-from musicgen.metrics.audio import chroma_agreement
+from musicgen.metrics.audio import SAMPLE_RATE_HZ, chroma_agreement
 from musicgen.sampling import SamplingConfig
 from pipelines.shard import ShardSet
 from training import augment, report, train
@@ -48,6 +48,7 @@ class MelodyCheckConfig:
         steps: length of each training.
         arguments: more settings of both trainings.
         clips: held-out guides, one clip each.
+        crop_seconds: of the crops that are trained and scored on.
         duration: seconds of each clip.
         seed: seeds of the clips count up from here; the guides are degraded by it.
         guidance: of the melody.
@@ -61,7 +62,8 @@ class MelodyCheckConfig:
     steps: int = 300
     arguments: tuple[str, ...] = ()
     clips: int = 24
-    duration: float = 10.0
+    crop_seconds: float = 5.0
+    duration: float = 5.0
     seed: int = 0
     guidance: float = 3.0
     out: str | None = None
@@ -79,7 +81,8 @@ def arguments(config: MelodyCheckConfig, name: str) -> list[str]:
         "codebook_init": str(not config.init).lower(),
         "licence": "Apache-2.0",
         "lm.condition.melody": "true",
-        "lm.condition.chroma_frames": 79,  # 10 s
+        "lm.condition.chroma_frames": 1 + int(config.crop_seconds * SAMPLE_RATE_HZ / HOP),
+        "batch.crop_seconds": config.crop_seconds,
         "batch.melody_dropout": 0.1,
         "batch.text_dropout": 0.5,
         "batch.tail_seconds": 2.5,
@@ -106,9 +109,9 @@ def guides(sound: np.ndarray, sample_rate_hz: int, seed: int) -> dict[str, np.nd
     return {"clean": clean, "noisy": noisy, "holes": np.where(lost, np.uint8(NONE), clean), "jitter": clean[source]}
 
 
-def losses(model: generate.MusicGen, data: ShardSet) -> dict[str, float]:
+def losses(model: generate.MusicGen, data: ShardSet, crop_seconds: float) -> dict[str, float]:
     """Validation loss, mean of the codebooks, with the own melody, another track's, and none."""
-    crops = BatchConfig(crop_seconds=10.0, tail_seconds=2.5, valid_crops=64, valid_batch=8)
+    crops = BatchConfig(crop_seconds=crop_seconds, tail_seconds=2.5, valid_crops=64, valid_batch=8)
     batches = validation_batches(data, crops, condition=model.lm.config.condition)
     of: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "own": lambda chroma: chroma,
@@ -166,7 +169,7 @@ def check(config: MelodyCheckConfig) -> dict[str, Any]:
         none: list[np.ndarray | None] = [None] * len(sounds)
         results[name] = {
             "step": model.info["training"]["step"],
-            "loss": losses(model, data),
+            "loss": losses(model, data, config.crop_seconds),
             "agreement": {**by_guide, "none": agreement(model, none, sounds, config)},
         }
     return {
