@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,8 @@ def _fit(config: TrainConfig, run: Path, use_gpu: bool) -> Path:
             name=f".{run.name}.ray",
             storage_path=str(run.parent),
             failure_config=failures,
+            # Its news of every second is noise; what matters is said by the run, and by the last error.
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
     try:
@@ -176,9 +179,12 @@ def _connect(address: str, cores: int) -> None:
     options: dict[str, Any] = {"address": address}
     if address == "local":
         options |= {"num_cpus": cores, "include_dashboard": False}
+    host, _, port = address.rpartition(":")
     try:
+        if host and port.isdecimal() and "://" not in host:  # Ray itself asks for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"RAY={address!r} could not be reached: {error}. Give `auto` on a machine of the cluster, host:port "
             "(6379 as a rule) of its head, or `local` to start one here"

@@ -12,6 +12,7 @@ from musicgen.errors import UserError
 from tests.training import tiny_run
 from training import launch, state
 
+ENV = {**tiny_run.ENV, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 ON_RAY = ["--ray.address", "local", "--hardware.devices", "2"]
 
 
@@ -43,7 +44,7 @@ def test_a_killed_worker_costs_no_step(tmp_path: Path, strategy: str) -> None:
     with log.open("w") as out:
         driver = subprocess.Popen(
             [*command, *ON_RAY, "--hardware.strategy", strategy],
-            env={**tiny_run.ENV, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"},
+            env=ENV,
             stdout=out,
             stderr=out,
         )
@@ -76,14 +77,14 @@ def test_an_error_for_the_user_is_told_once_and_not_tried_for_ever(tmp_path: Pat
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "letter.txt").write_text("of something else")
     command += ["--run", str(tmp_path / "run"), "--ray.restarts", "50"]
-    done = subprocess.run(command, env=tiny_run.ENV, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=500)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "error: RUN=" in done.stderr and "is not a run of this program" in done.stderr.splitlines()[-1]
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and "is not a run of this program" in told[0]
     assert (tmp_path / "run" / "letter.txt").is_file()
 
 
-@pytest.mark.slow
-def test_a_cluster_that_is_not_there_and_one_that_is_too_small(tmp_path: Path) -> None:
+def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
     from training import on_ray, train
 
     argv = [*tiny_run.ARGS, "--data", str(tmp_path), "--run", str(tmp_path / "run"), "--hardware.devices", "2"]
