@@ -78,9 +78,13 @@ def _fit(config: TrainConfig, run: Path, use_gpu: bool) -> Path:
     from training.strategy import process_group_backend
 
     words: Any = ray.remote(num_cpus=0)(_Words).remote()
-    # A start that finds no room gives up after a minute and is tried again.
+    # A start that finds no room gives up after a minute and is tried again. Ray's news of every second is noise; what
+    # matters is said by the run, and by the last error. (Types know only the elder of Ray's two configurations.)
     again: Any = {"max_failures": config.ray.restarts, "controller_failure_limit": config.ray.wait_minutes}
-    failures = ray.train.FailureConfig(**again)
+    more: Any = {
+        "failure_config": ray.train.FailureConfig(**again),
+        "logging_config": ray.train.LoggingConfig(log_level="ERROR"),
+    }
     run.parent.mkdir(parents=True, exist_ok=True)
     trainer = TorchTrainer(
         _work,
@@ -95,9 +99,7 @@ def _fit(config: TrainConfig, run: Path, use_gpu: bool) -> Path:
             # Beside the run: Ray checks by a file there that all machines see the same disk.
             name=f".{run.name}.ray",
             storage_path=str(run.parent),
-            failure_config=failures,
-            # Its news of every second is noise; what matters is said by the run, and by the last error.
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            **more,
         ),
     )
     try:
