@@ -39,6 +39,7 @@ PAPER: dict[str, tuple[int, float, float, float, float, float]] = {
 UNVERIFIED = "unverified: noted from memory, not checked against the paper"
 REFERENCE = "delay"  # the pattern whose compute the second table gives to all
 ALIKE = 0.02  # compute that differs by less is equal
+CLOSE = 0.01  # nats; one run of each pattern cannot tell less from chance
 
 
 @dataclass(frozen=True)
@@ -206,11 +207,9 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
             continue
         gap = by[high]["loss"] - by[low]["loss"]
         shows = gap >= 0 if sign == "<=" else gap > 0
+        word = "DOES NOT SHOW" if not shows else "shows" if gap >= CLOSE else "shows, but by less than one run can tell"
         books = ", ".join(f"{b - a:+.3f}" for a, b in zip(by[low]["codebooks"], by[high]["codebooks"]))
-        out.append(
-            f"order     {low} {sign} {high}: {'shows' if shows else 'DOES NOT SHOW'}, {high} is {gap:+.3f} nats from "
-            f"{low} (by codebook {books})"
-        )
+        out.append(f"order     {low} {sign} {high}: {word}, {high} is {gap:+.3f} nats from {low} (by codebook {books})")
     return out
 
 

@@ -59,8 +59,10 @@ def test_the_verdict_reads_the_order_and_says_when_it_does_not_show() -> None:
     def rows(**losses: float) -> list[dict]:
         return [{"pattern": name, "loss": loss, "codebooks": [loss] * 4} for name, loss in losses.items()]
 
-    good = ablate.verdict(rows(flattening=6.9, delay=6.9, parallel=7.0))
-    assert [": shows" in line for line in good] == [True, True]
+    good = ablate.verdict(rows(flattening=6.9, delay=6.92, parallel=7.0))
+    assert [": shows, " in line and "less than" not in line for line in good] == [True, True]
+    close = ablate.verdict(rows(flattening=6.9, delay=6.9, parallel=6.905))
+    assert ["shows, but by less than one run can tell" in line for line in close] == [True, True]
     bad = ablate.verdict(rows(flattening=7.0, delay=6.9, parallel=6.9))
     assert ["DOES NOT SHOW" in line for line in bad] == [True, True]
     assert "delay is -0.100 nats from flattening" in bad[0] and ablate.verdict(rows(delay=1.0)) == []
