@@ -252,7 +252,8 @@ def _shard(lm: Any, blocks: list[Any], config: HardwareConfig, plan: Plan, devic
     names = ("copies", "shards") if copies > 1 else ("shards",)
     mesh = init_device_mesh(device.type, (copies, plan.shards) if copies > 1 else (plan.shards,), mesh_dim_names=names)
     whole = {name: p.detach() for name, p in lm.named_parameters()} if not _is_meta(lm) else {}
-    low = torch.bfloat16 if config.number_format == "bf16" else torch.float32
+    # On a CPU norms take no bf16 weights beside a float32 stream; autocast does the rest, and nothing is sent far.
+    low = torch.bfloat16 if config.number_format == "bf16" and device.type != "cpu" else torch.float32
     # Blocks travel in bf16 and their gradients in float32; the residual stream between them keeps its type. The root's
     # one per cent stays float32, as autocast leaves embeddings.
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
