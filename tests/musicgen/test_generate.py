@@ -212,7 +212,7 @@ def test_command_same_seed_same_bytes_and_marking(release: Path, tmp_path: Path)
     assert mark["model"]["sha256"] == info["weights"]["sha256"]
     assert mark["codec"] == info["codec"] and mark["data_version"] == "d1"
     sampling = {"top_k": 250, "top_p": 0.0, "temperature": 1.0, "guidance": 3.0}
-    assert mark["sampling"] == sampling | {"guidance_melody": None, "guidance_over_time": []}
+    assert mark["sampling"] == sampling | {"guidance_melody": None, "guidance_style": None, "guidance_over_time": []}
     assert str(tmp_path) not in {**mark, "codec": ""}.__repr__()
 
 

@@ -15,7 +15,7 @@ from musicgen.sampling import SamplingConfig
 from musicgen.windows import Windows, stream_codes
 from pipelines.shard import ShardSet
 from tests.training.synthetic import write_dataset
-from training import budget, devices, strategy, train
+from training import budget, devices, launch, strategy, train
 from training import data as reading
 from training.module import MusicLMModule
 from training.optim import OptimConfig
@@ -84,7 +84,7 @@ def test_it_learns_and_generates(pattern: str, encoder: TextEncoder, sets: dict[
     run = train.TrainConfig(lm=config, batch=BATCH, hardware=hardware, steps=steps)
     device = devices.device_here(1, False)
     plan = budget.choose(train.task_of(run, 50.0), device, 1, nodes=1, **train.layout_settings(run))
-    trainer = strategy.build_trainer(hardware, plan, steps=steps, callbacks=[])
+    trainer = strategy.build_trainer(hardware, plan, steps=steps, callbacks=[], launched=launch.here())
     trainer.fit(module, train_dataloaders=reading.training_loader(stream))
     after = score()
     assert (after < before).all(), "every codebook has learned something"
