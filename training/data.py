@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing import util
 from typing import Any, Literal
 
 import numpy as np
@@ -271,6 +272,9 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
+        workers = getattr(batches, "_workers", [])
+        # At exit Python asks forgotten workers to leave by SIGTERM, which these ignore, and waits without end.
+        util.Finalize(batches, _kill, (workers,), exitpriority=0)
         while True:
             began = time.perf_counter()
             made = next(batches, None)
@@ -294,6 +298,11 @@ def training_loader(stream: Stream, *, pin_memory: bool = False) -> Loader:
         prefetch_factor=4 if workers else None,
         worker_init_fn=_leave_signals,
     )
+
+
+def _kill(workers: list[Any]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 def _leave_signals(worker: int) -> None:

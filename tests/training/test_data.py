@@ -1,6 +1,8 @@
 """From real shards to batches: padding, captions, drop-outs, workers, and data sets that do not fit."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -119,3 +121,15 @@ def test_data_sets_that_do_not_fit(shards: ShardSet, tmp_path: Path) -> None:
 def test_nonsense_is_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match=f"batch.{next(iter(bad))}"):
         BatchConfig(**bad)
+
+
+def test_a_process_that_forgets_its_loader_ends(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "set", tracks=6, valid=1)
+    code = f"""
+from pipelines.shard import ShardSet
+from training.data import BatchConfig, Stream, training_loader
+batches = iter(training_loader(Stream(ShardSet.open({str(data)!r}), BatchConfig(crop_seconds=1.0, workers=2), seed=0)))
+print(next(batches).step, flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "0\n"
