@@ -3,8 +3,10 @@
 What the eager network loses on a CPU, and what is done instead: activations of a whole window fall out of the cache,
 so each stage runs in blocks with a halo that is dropped; reflection padding copies every tensor, so a layer writes into
 a buffer that already has room for its padding; `expm1` is slow, so ELU is made of `exp2`; 1-D convolutions run in a
-layout that has to be reordered, so they run as 2-D ones with the channels last; the LSTM waits for memory at batch one,
-so the windows of a track go through it side by side; the quantiser needs only x·e - |e|²/2, its maximum in two levels.
+layout that has to be reordered, so they run as 2-D ones with the channels last; the kernel of a downsampling is two of
+its strides long, so two frames take three matrix products and not four; the LSTM waits for memory at batch one, so the
+windows of a track go through it side by side (`musicgen.lstm`); the quantiser needs only x·e - |e|²/2, its maximum in
+two levels.
 On a GPU the same code runs with channels first and without blocks. Network: Défossez et al. 2022, section 3.1.
 """
 
@@ -19,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from musicgen.lstm import Lstm
+
 if TYPE_CHECKING:
     from transformers import EncodecModel
 
@@ -30,7 +34,8 @@ ROWS = 512
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution with its padding: `weight [C_out, C_in, 1, kernel]`, sizes in samples of its input."""
+    """A convolution with its padding: `weight [C_out, C_in, 1, kernel]`, sizes in samples of its input; `halves` where
+    `_downsample` runs it."""
 
     weight: Tensor
     bias: Tensor
@@ -38,6 +43,7 @@ class Conv:
     dilation: int
     left: int
     right: int
+    halves: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def reach(self) -> int:
@@ -103,7 +109,7 @@ class Encoder:
             elif hasattr(layer, "conv"):
                 self.stages.append(Stage(first, tuple(residuals), self._conv(layer)))
                 first, residuals = None, []
-        self.lstm: torch.nn.LSTM = layers[lstm].lstm
+        self.lstm = Lstm(layers[lstm].lstm)
         self.last = self._conv(layers[-1])
         levels: list[Any] = list(model.quantizer.layers)[:num_codebooks]
         self.books: list[Tensor] = [level.codebook.embed for level in levels]
@@ -118,7 +124,9 @@ class Encoder:
         total = (kernel - 1) * dilation + 1 - stride
         right = 0 if layer.causal else total // 2
         weight = conv.weight.detach().unsqueeze(2).contiguous(memory_format=self.layout)
-        return Conv(weight, conv.bias.detach(), stride, dilation, total - right, right)
+        paired = self.on_cpu and kernel == 2 * stride > 2 and dilation == 1
+        halves = _halves(conv.weight.detach(), stride) if paired else None
+        return Conv(weight, conv.bias.detach(), stride, dilation, total - right, right, halves)
 
     def _halo_frames(self) -> int:
         """Frames beside a piece of audio on which the LSTM's input there depends, at most."""
@@ -132,7 +140,7 @@ class Encoder:
         """Audio `[B, C, N]` float32 to latents `[B, H, ceil(N / hop)]`, each item as if it were alone."""
         with _exact(audio.device):
             features = self.features(audio)
-            return self.tail(features + self.lstm(features)[0])
+            return self.tail(features + self.lstm(features))
 
     def latents_in_windows(self, audio: Tensor, window: int, context: int) -> Tensor:
         """Audio `[1, C, N]` to latents `[1, H, T]`; the LSTM sees at most `window` frames and `context` before them.
@@ -145,11 +153,11 @@ class Encoder:
             total, width = features.shape[0], features.shape[2]
             count = math.ceil((total - context) / window)
             if count < 2:
-                return self.tail(features + self.lstm(features)[0])
+                return self.tail(features + self.lstm(features))
             window = math.ceil((total - context) / count)  # equal windows leave least to fill up
             padded = F.pad(features[:, 0], (0, 0, 0, context + count * window - total))
             windows = padded.as_strided((context + window, count, width), (width, window * width, 1))
-            memory = self.lstm(windows.contiguous())[0]
+            memory = self.lstm(windows.contiguous())
             recalled = torch.cat([memory[:context, :1], memory[context:].transpose(0, 1).reshape(-1, 1, width)])
             return self.tail(features + recalled[:total])
 
@@ -207,9 +215,11 @@ class Encoder:
     def _apply(self, conv: Conv, x: Tensor, *, activate: bool = False) -> Tensor:
         """ELU (where asked for), padding, convolution."""
         length = x.shape[-1]
-        left, right = conv.left, conv.right + math.ceil(length / conv.stride) * conv.stride - length
+        frames = math.ceil(length / conv.stride)
+        left, right = conv.left, conv.right + frames * conv.stride - length
+        spare = conv.stride * (frames % 2) if conv.halves else 0
         if left + right or activate:
-            room = (x.shape[0], x.shape[1], 1, left + length + right)
+            room = (x.shape[0], x.shape[1], 1, left + length + right + spare)
             padded = torch.empty(room, dtype=x.dtype, device=x.device, memory_format=self.layout)
             inner = padded[..., left : left + length]
             if activate:
@@ -220,8 +230,11 @@ class Encoder:
                 padded[..., :left] = inner[..., 1 : left + 1].flip(-1) if self.reflect else 0.0
             if right:
                 end = inner[..., length - 1 - right : length - 1].flip(-1) if self.reflect else 0.0
-                padded[..., left + length :] = end
+                padded[..., left + length : left + length + right] = end
             x = padded
+        if conv.halves:
+            x[..., x.shape[-1] - spare :] = 0.0
+            return torch.cat([_downsample(conv.halves, conv.bias, item, conv.stride) for item in x])[..., :frames]
         return F.conv2d(x, conv.weight, conv.bias, stride=(1, conv.stride), dilation=(1, conv.dilation))
 
     def _elu(self, x: Tensor, out: Tensor) -> None:
@@ -246,6 +259,29 @@ class Encoder:
                 codes[level, start : start + size] = nearest
                 left = left - book[nearest]
         return codes.reshape(len(self.books), batch, frames).transpose(0, 1)
+
+
+def _halves(weight: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A kernel of two strides `[C_out, C_in, 2 · stride]` as matrices `[stride · C_in, C_out]`: halves and sum."""
+    first, second = (half.permute(2, 1, 0).flatten(0, 1).contiguous() for half in weight.split(stride, dim=2))
+    return first, second, first + second
+
+
+def _downsample(halves: tuple[Tensor, Tensor, Tensor], bias: Tensor, x: Tensor, stride: int) -> Tensor:
+    """A strided convolution of `x [C, 1, (2n + 1) · stride]`, channels last, to `[1, C_out, 1, 2n]`, by three products
+    where two frames take four.
+
+    With a, b, c the stretches of one stride that two neighbouring frames see, and u, v the halves of the kernel, the
+    frames are au + bv and bu + cv, that is b(u + v) + (a - b)u and b(u + v) + (c - b)v.
+    """
+    first, second, both = halves
+    rows = x[:, 0].t().reshape(-1, stride * x.shape[0])
+    middle = rows[1:-1:2]
+    common = torch.addmm(bias, middle, both)
+    out = torch.empty(len(middle), 2, both.shape[1])
+    torch.addmm(common, rows[0:-2:2] - middle, first, out=out[:, 0])
+    torch.addmm(common, rows[2::2] - middle, second, out=out[:, 1])
+    return out.flatten(0, 1).t()[None, :, None]
 
 
 def _exact(device: torch.device) -> AbstractContextManager[Any]:

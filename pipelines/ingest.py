@@ -106,9 +106,12 @@ def identity(config: IngestConfig, codec: Codec) -> dict[str, Any]:
 
     The day of the rights decision is not among them: when a later day turns a track off, the same set shrinks.
     """
+    from musicgen import codec as codecs
+
     return {
         "schema_version": shard.SCHEMA_VERSION,
         "codec": codec.identity,
+        "codec_windows": [codecs.WINDOW_FRAMES, codecs.CONTEXT_FRAMES],
         "sample_rate_hz": codec.sample_rate,
         "channels": codec.channels,
         "analysis": analysis.backend(config.analysis),

@@ -39,11 +39,11 @@ class AssetsConfig:
         work: folder for the music, runs and stamps.
         hours: music to render for training.
         music_seed: seed of that music.
-        codec_steps: steps of the codec's training.
+        codec_steps: steps of the codec's training, from the start and from there with a discriminator.
         model_steps: steps of the demo model's training.
         embedded: also render the embedded catalogue anew (its bytes depend on the fluidsynth that is installed).
         shipped: where what ships is put.
-        codec_config: settings of the codec's training.
+        codec_configs: settings of the codec's two trainings.
         model_config: settings of the demo model's training, on top of those of its size.
         only: do just these steps (music, codec, tokens, model, figures); empty for all.
     """
@@ -51,11 +51,11 @@ class AssetsConfig:
     work: str = "data/assets"
     hours: float = 12.0
     music_seed: int = 1
-    codec_steps: int = 5400
+    codec_steps: tuple[int, int] = (5400, 5000)
     model_steps: int = 1400
     embedded: bool = False
     shipped: str = "musicgen/assets"
-    codec_config: str = "configs/codec/demo.yaml"
+    codec_configs: tuple[str, str] = ("configs/codec/demo.yaml", "configs/codec/demo-refine.yaml")
     model_config: str = "configs/train/demo-long.yaml"
     only: tuple[str, ...] = ()
 
@@ -113,13 +113,18 @@ def music(config: AssetsConfig, work: Path) -> None:
 
 
 def codec(config: AssetsConfig, work: Path) -> None:
-    """Train the codec and ship its best averaged weights."""
+    """Train the codec, go on from its weights with a discriminator, and ship the best averaged weights of that."""
+    first, refined = work / "codec", work / "codec-refined"
     _command(
-        "training.codec.train", "--config", str(ROOT / config.codec_config), "--data",
-        str(work / "music" / "catalog.jsonl"), "--run", str(work / "codec"), "--steps", str(config.codec_steps),
+        "training.codec.train", "--config", str(ROOT / config.codec_configs[0]), "--data",
+        str(work / "music" / "catalog.jsonl"), "--run", str(first), "--steps", str(config.codec_steps[0]),
+    )  # fmt: skip
+    _command(
+        "training.codec.train", "--config", str(ROOT / config.codec_configs[1]), "--data", str(first / "pcm"),
+        "--init", str(first / "release"), "--run", str(refined), "--steps", str(config.codec_steps[1]),
     )  # fmt: skip
     target = _shipped(config) / "codec"
-    _ship(work / "codec" / "release", target, ("config.json", "model.safetensors"))
+    _ship(refined / "release", target, ("config.json", "model.safetensors"))
     if _size(target) > CODEC_BYTES_AT_MOST:
         raise UserError(f"the codec has {_size(target):,} bytes; at most {CODEC_BYTES_AT_MOST:,} ship")
 
@@ -174,7 +179,7 @@ def _start_of(step: str, config: AssetsConfig) -> str:
     hours = f"{config.hours:g} h, seed {config.music_seed}"
     parts: dict[str, tuple[str | Path, ...]] = {
         "music": (hours, str(config.embedded)),
-        "codec": (hours, str(config.codec_steps), ROOT / config.codec_config),
+        "codec": (hours, str(config.codec_steps), *(ROOT / path for path in config.codec_configs)),
         "tokens": (hours, codec_weights, ROOT / "configs/ingest/demo.yaml"),
         "model": (hours, codec_weights, str(config.model_steps), ROOT / config.model_config),
         "figures": (codec_weights, model_weights),

@@ -117,8 +117,8 @@ def build_trainer(
     return _trainer(config, strategy, steps, plan.accumulate, callbacks, launched, logger)
 
 
-class _DDP(pl.strategies.DDPStrategy):
-    """Lightning's DDP on the device that a launcher gave this process; without one, that of its local rank."""
+class _OnGivenDevice:
+    """A strategy on the device that a launcher gave this process; without one, that of its local rank."""
 
     def __init__(self, device: torch.device | None, **options: Any) -> None:
         super().__init__(**options)
@@ -126,19 +126,15 @@ class _DDP(pl.strategies.DDPStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        return self._device or super().root_device
+        return self._device or super().root_device  # type: ignore[misc]
 
 
-class _FSDP2(pl.strategies.ModelParallelStrategy):
-    """The same for FSDP2; Ray has a strategy class of its own for DDP and FSDP1, and none for this."""
+class _DDP(_OnGivenDevice, pl.strategies.DDPStrategy):
+    """Lightning's DDP."""
 
-    def __init__(self, device: torch.device | None, **options: Any) -> None:
-        super().__init__(**options)
-        self._device = device
 
-    @property
-    def root_device(self) -> torch.device:
-        return self._device or super().root_device
+class _FSDP2(_OnGivenDevice, pl.strategies.ModelParallelStrategy):
+    """Lightning's FSDP2; Ray has a strategy class of its own for DDP and FSDP1, and none for this."""
 
 
 def build_codec_trainer(

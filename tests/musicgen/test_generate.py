@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -256,3 +258,12 @@ def test_command_warns_of_an_unknown_script_and_still_plays(
     assert out.is_file()
     assert generate.main([*argv[:-2], "--unconditional", "true"]) == 0
     assert wav.read_marking(out)["prompt"] is None
+
+
+def test_a_model_of_another_text_encoder_is_refused(release: Path, tmp_path: Path) -> None:
+    shutil.copytree(release, tmp_path / "other")
+    about = json.loads((release / "config.json").read_text())
+    about["text_encoder"]["identity"] = "0" * 64
+    (tmp_path / "other" / "config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="trained with another text encoder than the 'minilm'"):
+        generate.load(str(tmp_path / "other"))

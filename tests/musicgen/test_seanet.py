@@ -9,7 +9,7 @@ import torch
 from transformers import EncodecConfig, EncodecModel
 
 from musicgen import codec as codecs
-from musicgen import seanet
+from musicgen import lstm, seanet
 
 
 def network(**other: Any) -> EncodecModel:
@@ -96,7 +96,7 @@ def test_an_item_is_encoded_as_if_alone() -> None:
 def test_windows_meet_without_a_seam() -> None:
     """Away from the LSTM's memory, which starts anew, windows and pieces are the whole track: no convolution shows."""
     codec = codecs.Codec(network(), "small")
-    for name, parameter in codec.encoder.lstm.named_parameters():
+    for name, parameter in codec.encoder.lstm.plain.named_parameters():
         if name.startswith("weight_hh"):
             parameter.zero_()
         if name.startswith("bias_hh"):  # the forget gate shuts: no memory is left
@@ -104,3 +104,15 @@ def test_windows_meet_without_a_seam() -> None:
     audio = music(1, 1, 640 * 700 + 77)
     whole = codec.encode(audio)[0].numpy()
     assert (codec.encode_track(audio[0].numpy(), window_frames=13, context_frames=1) == whole).mean() > 0.999
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_the_lstm_is_that_of_torch(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    plain, x = torch.nn.LSTM(24, 24, 2), torch.randn(40, rows, 24)
+    with torch.no_grad():
+        for wide in (24, 25):
+            monkeypatch.setattr(lstm, "WIDE", wide)
+            ours = lstm.Lstm(plain)
+            assert bool(ours.layers) == (wide == 24)
+            assert torch.allclose(ours(x), plain(x)[0], atol=1e-5)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -464,3 +465,12 @@ def test_an_error_is_a_message_and_no_traceback(tmp_path: Path) -> None:
     ]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: CODEC 'no/x/y'") and "Traceback" not in done.stderr
+
+
+def test_lost_rows_are_an_error() -> None:
+    index = pa.table({"split": ["train", "valid"], "duration_seconds": [3600.0, 1.0], "frames": [180_000, 50]})
+    found = assemble.counts(3, index, [{"code": "silent"}])
+    assert (found["rows"], found["tracks"], found["rejects"], found["rejects_by_code"]) == (3, 2, 1, {"silent": 1})
+    for rows_in in (2, 4):
+        with pytest.raises(RuntimeError, match="rows are lost"):
+            assemble.counts(rows_in, index, [{"code": "silent"}])

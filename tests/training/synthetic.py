@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from musicgen import codec as codecs
 from pipelines import shard
 from pipelines.store import Place
 
@@ -27,6 +29,16 @@ def codes_of(style: int, frames: int, rng: np.random.Generator, size: int, books
     codes = np.stack(rows)
     noisy = rng.random(codes.shape) < 0.1
     return np.where(noisy, rng.integers(0, size, codes.shape), codes).astype(np.int16)
+
+
+def small_codec(folder: Path) -> codecs.Codec:
+    """A small random codec of 64 codes per codebook, saved in `folder`."""
+    torch.manual_seed(0)
+    shape = codecs.CodecConfig(num_filters=4, hidden_size=16, ratios=(4, 4, 5, 8), num_lstm_layers=1, codebook_size=64)
+    network = codecs.build(shape)
+    for layer in network.quantizer.layers:
+        layer.codebook.embed.normal_()
+    return codecs.load(codecs.save(network, folder))
 
 
 def write_dataset(

@@ -17,6 +17,7 @@ CODEC = {
     "size": "demo", "batch_size": 2, "crop_seconds": 1.0, "warmup_steps": 2, "cooldown_steps": 2, "validate_every": 6,
     "validation_tracks": 1, "quantiser": {"kmeans_iterations": 1, "kmeans_latents": 2100},
 }  # fmt: skip
+REFINE = CODEC | {"warmup_steps": 0, "lr": 1.0e-4}
 MODEL = {"batch": {"size": 2, "valid_crops": 2}, "log": {"valid_every": 3, "state_every": 3, "clips": 0}}
 
 
@@ -35,12 +36,12 @@ def test_figures_belong_to_the_weights_that_ship() -> None:
 def test_all_that_ships_is_rebuilt_in_order(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     if shutil.which("fluidsynth") is None:
         pytest.skip("fluidsynth is not installed: music cannot be rendered")
-    for name, tree in (("codec", CODEC), ("model", MODEL)):
+    for name, tree in (("codec", CODEC), ("refine", REFINE), ("model", MODEL)):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(tree))
     shipped = tmp_path / "shipped"
     words = [
         "--work", str(tmp_path / "work"), "--shipped", str(shipped), "--hours", "0.5",
-        "--codec_config", str(tmp_path / "codec.yaml"), "--codec_steps", "6",
+        "--codec_configs", f"[{tmp_path / 'codec.yaml'},{tmp_path / 'refine.yaml'}]", "--codec_steps", "[6,6]",
         "--model_config", str(tmp_path / "model.yaml"), "--model_steps", "3",
     ]  # fmt: skip
     assert assets.main([*words, "--only", "[music,codec]"]) == 0
@@ -58,7 +59,8 @@ def test_all_that_ships_is_rebuilt_in_order(tmp_path: Path, capfd: pytest.Captur
     # Another codec: its tokens and its model are made anew, the music stays.
     config = json.loads(json.dumps(CODEC)) | {"seed": 7}
     (tmp_path / "codec.yaml").write_text(yaml.safe_dump(config))
-    shutil.rmtree(tmp_path / "work" / "codec")
+    for name in ("codec", "codec-refined"):
+        shutil.rmtree(tmp_path / "work" / name)
     starts = {name: assets._start_of(name, _config(words)) for name in ("music", "tokens", "model")}
     assert assets.main([*words, "--only", "[music,codec]"]) == 0
     assert assets._start_of("music", _config(words)) == starts["music"]

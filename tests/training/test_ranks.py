@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from musicgen import codec as codecs
 from musicgen import weights
 from tests.training.ranks import together
-from tests.training.synthetic import write_dataset
-from training import record, state, train
+from tests.training.synthetic import small_codec, write_dataset
+from tests.training.tiny_run import curves as metrics
+from training import state, train
 
 SMALL = shlex.split(
     "--size demo --codebook_init false --lm.dim 32 --lm.num_layers 2 --lm.num_heads 2 --lm.codebook_size 64 "
@@ -27,12 +27,6 @@ SMALL = shlex.split(
 )
 TWO = ["--hardware.devices", "2"]
 LORA = shlex.split("--lora.rank 4 --optim.ema_every 1 --hardware.checkpointing selective")
-TIMING = ("train/audio_seconds_per_second", "train/outside_model_share", "train/memory_gib", "train/mfu")
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    rows = record.read_metrics(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in TIMING and not k.startswith("seconds/")} for row in rows]
 
 
 def tensors(run: Path, step: int = 4) -> dict[str, torch.Tensor]:
@@ -62,12 +56,7 @@ def moved(run: Path, to: Path) -> Path:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that two ranks do here, done by one pair of processes, beside the same on one rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.manual_seed(0)
-    shape = codecs.CodecConfig(num_filters=4, hidden_size=16, ratios=(4, 4, 5, 8), num_lstm_layers=1, codebook_size=64)
-    model = codecs.build(shape)
-    for layer in model.quantizer.layers:
-        layer.codebook.embed.normal_()
-    codec = codecs.load(codecs.save(model, folder / "codec"))
+    codec = small_codec(folder / "codec")
     write_dataset(folder / "data", size=64, valid=5, codec={"name": codec.name, "identity": codec.identity})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "disabled")

@@ -17,7 +17,7 @@ from musicgen.config import ConditionConfig, LMConfig, StyleConfig
 from musicgen.lm import MusicLM
 from musicgen.style import NONE, Latents
 from pipelines.shard import ShardSet
-from tests.training.synthetic import write_dataset
+from tests.training.synthetic import small_codec, write_dataset
 from training import controls, plan, state, train
 from training import data as reading
 from training.module import MusicLMModule
@@ -29,12 +29,7 @@ CONDITION = ConditionConfig("minilm", 384, style=STYLE)
 
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory: pytest.TempPathFactory) -> codecs.Codec:
-    torch.manual_seed(0)
-    shape = codecs.CodecConfig(num_filters=4, hidden_size=16, ratios=(4, 4, 5, 8), num_lstm_layers=1, codebook_size=64)
-    network = codecs.build(shape)
-    for layer in network.quantizer.layers:
-        layer.codebook.embed.normal_()
-    return codecs.load(codecs.save(network, tmp_path_factory.mktemp("codec") / "codec"))
+    return small_codec(tmp_path_factory.mktemp("codec") / "codec")
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ from musicgen.errors import UserError
 from musicgen.settings import SettingsError
 from pipelines.shard import ShardSet
 from tests.training import wandb_file
-from tests.training.synthetic import write_dataset
+from tests.training.synthetic import small_codec, write_dataset
+from tests.training.tiny_run import curves as metrics
 from training import record, state, train
 from training.data import unigram_loss
 from training.module import NonFiniteLoss
@@ -38,18 +39,11 @@ SMALL = shlex.split(
     "--optim.lr 1e-2 --optim.warmup_steps 5 --hardware.precision float32 --hardware.accelerator cpu "
     "--codebook_init false --log.every 5 --log.valid_every 20 --log.state_every 20 --log.clips 0 --steps 40"
 )
-TIMING = ("train/audio_seconds_per_second", "train/outside_model_share", "train/memory_gib", "train/mfu")
 
 
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory: pytest.TempPathFactory) -> codecs.Codec:
-    """A small random codec of 64 codes per codebook, saved in a folder."""
-    torch.manual_seed(0)
-    shape = codecs.CodecConfig(num_filters=4, hidden_size=16, ratios=(4, 4, 5, 8), num_lstm_layers=1, codebook_size=64)
-    model = codecs.build(shape)
-    for layer in model.quantizer.layers:
-        layer.codebook.embed.normal_()
-    return codecs.load(codecs.save(model, tmp_path_factory.mktemp("codec") / "small"))
+    return small_codec(tmp_path_factory.mktemp("codec") / "small")
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +60,6 @@ def no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
 def go(data: Path, run: Path, *more: str) -> Path:
     assert train.main(["--size", "demo", "--data", str(data), "--run", str(run), *SMALL, *more]) == 0
     return run
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    rows = record.read_metrics(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in TIMING and not k.startswith("seconds/")} for row in rows]
 
 
 def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:

@@ -8,24 +8,18 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from musicgen import codec as codecs
 from musicgen import wav
 from musicgen.errors import UserError
-from tests.training.synthetic import write_dataset
+from tests.training.synthetic import small_codec, write_dataset
 from tests.training.test_train import SMALL
 from training import budget, lineage, record, runs, train, watch
 
 
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory: pytest.TempPathFactory) -> codecs.Codec:
-    torch.manual_seed(0)
-    shape = codecs.CodecConfig(num_filters=4, hidden_size=16, ratios=(4, 4, 5, 8), num_lstm_layers=1, codebook_size=64)
-    model = codecs.build(shape)
-    for layer in model.quantizer.layers:
-        layer.codebook.embed.normal_()
-    return codecs.load(codecs.save(model, tmp_path_factory.mktemp("codec") / "small"))
+    return small_codec(tmp_path_factory.mktemp("codec") / "small")
 
 
 @pytest.fixture(scope="module")
