@@ -96,12 +96,15 @@ def network(name: str, audio: torch.Tensor) -> tuple[Any, codecs.Codec]:
 
 @torch.no_grad()
 def random_network(size: codecs.CodecConfig, audio: torch.Tensor) -> Any:
-    """A network of this size with random weights, and codebooks as wide as its latents of `audio [1, C, N]`."""
+    """A network of this size with random weights, and codebooks as wide as its latents of `audio [1, C, N]`; in values
+    of 16 bits, as `musicgen.codec.save` keeps them."""
     torch.manual_seed(0)
     model: Any = codecs.build(size).eval()
     spread = float(model.encoder(audio[..., : 2 * size.sample_rate_hz]).std())
     for layer in model.quantizer.layers:
         layer.codebook.embed.normal_(std=spread)
+    for tensor in model.state_dict().values():
+        tensor.copy_(tensor.half().float() if tensor.is_floating_point() else tensor)
     return model
 
 

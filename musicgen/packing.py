@@ -14,7 +14,6 @@ Every form gives the same function up to rounding; what that rounding costs is m
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -81,9 +80,13 @@ def _int8_on_gpu(weight: Tensor, dtype: torch.dtype) -> Product:
     return lambda x: torch._weight_int8pack_mm(x.flatten(0, -2), quantized, factor).unflatten(0, x.shape[:-1])
 
 
-@functools.cache
+def has_fbgemm() -> bool:
+    """Whether this processor's build of torch can pack float16 and int8."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
 def _need_fbgemm(precision: str) -> None:
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
+    if not has_fbgemm():
         raise UserError(
             f"precision {precision!r} needs torch's FBGEMM kernels, which this processor's build lacks; "
             "give float32 or bf16"
