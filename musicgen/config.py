@@ -29,7 +29,7 @@ class StyleConfig:
         latent_dim: width of the codec's latents; 0 takes that of the run's codec.
         width, layers, heads: of the small transformer that listens to the excerpt.
         values, levels: of the bottleneck: numbers per frame, and steps that each can take (odd).
-        keep_every: codec frames of which one is kept; 10 of 50 a second leave 5, as in the source.
+        keep_every: codec frames whose mean is kept; 10 of 50 a second leave 5, as in the source.
         min_seconds, max_seconds: lengths of the excerpts in training; generation takes the mean.
     """
 

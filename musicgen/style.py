@@ -1,6 +1,6 @@
 """A style by example: a few seconds of music, through a narrow bottleneck, modulate every block of the model.
 
-    codes of an excerpt -> the codec's frozen codebooks -> a small transformer -> 5 frames a second
+    codes of an excerpt -> the codec's frozen codebooks -> a small transformer -> means over fifths of a second
     -> a few values of a few levels each -> mean over the excerpt -> one vector -> scale, shift and gate of each norm
 
 The bottleneck and the mean leave what a stretch of music sounds like and not which notes it plays. A row without an
@@ -86,9 +86,11 @@ class StyleEncoder(nn.Module):
         x = x + sinusoid(torch.arange(x.shape[1], device=x.device), x.shape[2]).to(x.dtype)
         for block in self.layers:
             x = block(x, x, has, seen)
-        every = self.config.keep_every
-        kept = has[:, ::every, None].to(x.dtype)
-        values = self.quantise(torch.tanh(self.values(self.norm(x[:, ::every]))))
+        short, every = -x.shape[1] % self.config.keep_every, self.config.keep_every
+        counts = F.pad(has, (0, short)).unflatten(1, (-1, every)).sum(dim=2)[..., None].to(x.dtype)
+        sums = F.pad(x * has[..., None], (0, 0, 0, short)).unflatten(1, (-1, every)).sum(dim=2)
+        kept = counts.clamp(max=1)
+        values = self.quantise(torch.tanh(self.values(self.norm(sums / counts.clamp(min=1)))))
         mean = (values * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
         # Of unit scale: what differs between two excerpts is small at first, and the modulation starts at zero.
         return F.layer_norm(self.output(mean), (self.config.dim,)).masked_fill(~given, 0.0)

@@ -66,6 +66,8 @@ class AssetsConfig:
 
 
 STEPS = ("music", "codec", "tokens", "model", "figures")
+# What a step leaves in the work folder; another start makes it anew, for runs and sets refuse other settings.
+LEAVES = {"codec": ("codec", "codec-refined"), "tokens": ("tokens",), "model": ("model",)}
 
 
 def _shipped(config: AssetsConfig) -> Path:
@@ -203,6 +205,10 @@ def main(argv: list[str]) -> int:
         if stamp.is_file() and stamp.read_text() == came_from:
             print(f"{name}: already whole")
             continue
+        if stamp.is_file():
+            for folder in LEAVES.get(name, ()):
+                shutil.rmtree(work / folder, ignore_errors=True)
+            stamp.unlink()
         print(f"{name} …", flush=True)
         actions[name](config, work)
         stamp.write_text(came_from)
