@@ -30,6 +30,7 @@ SHORT_FRAMES = 16
 BLOCK_ELEMENTS = 1 << 20
 SEGMENT_FRAMES = {"cpu": 1000, "cuda": 16_000}
 ROWS = 512
+WIDE = 64  # channels from which three products of matrices take less than a convolution
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ class Encoder:
         total = (kernel - 1) * dilation + 1 - stride
         right = 0 if layer.causal else total // 2
         weight = conv.weight.detach().unsqueeze(2).contiguous(memory_format=self.layout)
-        paired = self.on_cpu and kernel == 2 * stride > 2 and dilation == 1
+        wide = self.on_cpu and conv.in_channels >= WIDE
+        paired = wide and kernel == 2 * stride > 2 and dilation == 1
         halves = _halves(conv.weight.detach(), stride) if paired else None
         return Conv(weight, conv.bias.detach(), stride, dilation, total - right, right, halves)
 

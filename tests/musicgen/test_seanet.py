@@ -44,8 +44,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("wide", [1, 64])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_it_is_the_network_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_the_network_of_transformers(name: str, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seanet, "WIDE", wide)
     model = network(**VARIANTS[name])
     audio = music(2, model.config.audio_channels, 40_123)
     with torch.no_grad():
@@ -64,7 +66,8 @@ def test_it_is_the_network_of_transformers(name: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("samples", [1, 2, 639, 640, 641, 3_000, 9_999, 10_240, 10_241, 13_333, 20_480])
-def test_short_audio_and_odd_ends(samples: int) -> None:
+def test_short_audio_and_odd_ends(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seanet, "WIDE", 1)
     model = network()
     audio = music(1, 1, samples)
     with torch.no_grad():
