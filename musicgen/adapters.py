@@ -82,8 +82,9 @@ class SplitAttention(Attention):
             self.add_module(name, layer)
         self.out_proj = packed.out_proj
 
-    def _project(self, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-        return tuple(self.get_submodule(name)(x) for name in PARTS[first:last])
+    def _project(self, x: Tensor, text: Tensor | None = None) -> tuple[Tensor, ...]:
+        seen = x if text is None else text
+        return tuple(self.get_submodule(name)(of) for name, of in zip(PARTS, (x, seen, seen)))
 
 
 def split(lm: MusicLM) -> MusicLM:

@@ -66,29 +66,30 @@ class Attention(nn.Module):
     def _merge(self, x: Tensor) -> Tensor:
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
-    def _project(self, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-        """Projections number `first` to `last - 1` of q, k, v (`musicgen.adapters` has them in layers of their own)."""
+    def _project(self, x: Tensor, text: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Queries of `x`, keys and values of `text` or of itself (`musicgen.adapters` has them in layers of their own).
+
+        The packed weight is split once: the gradient of a split is one copy, that of two slices two zeroed weights.
+        """
+        if text is None:
+            return F.linear(x, self.in_proj_weight).chunk(3, dim=-1)
         dim = self.in_proj_weight.shape[1]
-        rows = self.in_proj_weight if last - first == 3 else self.in_proj_weight[first * dim : last * dim]
-        return F.linear(x, rows).chunk(last - first, dim=-1)
+        of_queries, of_text = self.in_proj_weight.split((dim, 2 * dim))
+        return F.linear(x, of_queries), *F.linear(text, of_text).chunk(2, dim=-1)
 
     def causal(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Self-attention over a whole sequence, `[B, S, D]` to `[B, S, D]`; `mask` `[B, 1, S, S]` replaces causal."""
-        q, k, v = (self._heads(p) for p in self._project(x, 0, 3))
+        q, k, v = (self._heads(p) for p in self._project(x))
         return self._merge(attend(q, k, v, mask))
 
-    def project_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, H, L, D/H]` of the projected text `[B, L, D]`."""
-        k, v = self._project(text, 1, 3)
-        return self._heads(k), self._heads(v)
-
-    def cross(self, x: Tensor, keys: Tensor, values: Tensor, text_mask: Tensor) -> Tensor:
-        """Attention of `[B, S, D]` to the text; rows of `text_mask` `[B, L]` without a token give exactly zero."""
-        q = self._heads(self._project(x, 0, 1)[0])
+    def cross(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """Attention of `[B, S, D]` to the projected text `[B, L, D]`; rows of `text_mask` `[B, L]` without a token give
+        exactly zero."""
+        q, k, v = (self._heads(p) for p in self._project(x, text))
         has_text = text_mask.any(dim=-1)
         # A fully masked row would be a softmax over nothing (NaN); let it see its padding and erase the result.
         seen = text_mask | ~has_text[:, None]
-        out = attend(q, keys, values, seen[:, None, None, :])
+        out = attend(q, k, v, seen[:, None, None, :])
         return self._merge(out.masked_fill(~has_text[:, None, None, None], 0.0))
 
 
@@ -164,8 +165,7 @@ class Block(nn.Module):
         x = x + gated(self._drop(self.self_attn.causal(shaped(self.norm1(x), first), mask)), first)
         if self.has_cross:
             by = None if given is None else given[1]
-            keys, values = self.cross_attention.project_text(text)
-            heard = self.cross_attention.cross(shaped(self.norm_cross(x), by), keys, values, text_mask)
+            heard = self.cross_attention.cross(shaped(self.norm_cross(x), by), text, text_mask)
             x = x + gated(self._drop(heard), by)
         return self._feed_forward(x, last)
 

@@ -205,8 +205,8 @@ def test_null_condition_is_exactly_zero() -> None:
     tokens, text, mask = inputs()
     mask[1] = False
     block = lm.transformer.layers[0]
-    keys, values = block.cross_attention.project_text(torch.randn(3, 6, 48))  # masked places need not be zero
-    out = block.cross_attention.cross(torch.randn(3, 5, 48), keys, values, mask)
+    of_text = torch.randn(3, 6, 48)  # masked places need not be zero
+    out = block.cross_attention.cross(torch.randn(3, 5, 48), of_text, mask)
     assert torch.equal(out[1], torch.zeros_like(out[1]))
     assert (out[0].abs().sum() > 0) and torch.isfinite(out).all()
     # So its logits do not depend on what stands in the masked text, to the bit, nor on its length but for rounding.
