@@ -233,9 +233,10 @@ class Encoder:
             if right:
                 end = inner[..., length - 1 - right : length - 1].flip(-1) if self.reflect else 0.0
                 padded[..., left + length : left + length + right] = end
+            if spare:
+                padded[..., -spare:] = 0.0
             x = padded
         if conv.halves:
-            x[..., x.shape[-1] - spare :] = 0.0
             return torch.cat([_downsample(conv.halves, conv.bias, item, conv.stride) for item in x])[..., :frames]
         return F.conv2d(x, conv.weight, conv.bias, stride=(1, conv.stride), dilation=(1, conv.dilation))
 

@@ -183,9 +183,11 @@ def _start_of(step: str, config: AssetsConfig) -> str:
         "music": (hours, str(config.embedded)),
         "codec": (hours, str(config.codec_steps), *(ROOT / path for path in config.codec_configs)),
         "tokens": (hours, codec_weights, ROOT / "configs/ingest/demo.yaml"),
-        "model": (hours, codec_weights, str(config.model_steps), ROOT / config.model_config),
+        "model": (
+            hours, codec_weights, str(config.model_steps), ROOT / "configs/train/demo.yaml", ROOT / config.model_config,
+        ),
         "figures": (codec_weights, model_weights),
-    }
+    }  # fmt: skip
     return _hash(step, *(part for part in parts[step] if not isinstance(part, Path) or part.is_file()))
 
 

@@ -126,7 +126,8 @@ class _OnGivenDevice:
 
     @property
     def root_device(self) -> torch.device:
-        return self._device or super().root_device  # type: ignore[misc]
+        strategy: Any = super()
+        return self._device or strategy.root_device
 
 
 class _DDP(_OnGivenDevice, pl.strategies.DDPStrategy):
