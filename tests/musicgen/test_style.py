@@ -215,3 +215,13 @@ def test_a_release_without_a_style_is_a_start_for_one_with(folder: Path) -> None
     assert state.keys() == lm.state_dict().keys()
     with pytest.raises(UserError, match=r"condition\.style\.dim: it has 8, given 0"):
         weights.initial_state(folder / "styled" / "release", TEXT, *parts)
+
+
+def test_every_frame_of_an_excerpt_counts() -> None:
+    torch.manual_seed(1)
+    encoder = StyleEncoder(replace(STYLE, layers=0, levels=101))  # without attention, which could carry it elsewhere
+    latents = torch.randn(1, 7, 5)
+    for frame in range(7):
+        changed = latents.clone()
+        changed[:, frame] += 3.0
+        assert not torch.allclose(encoder(changed), encoder(latents)), frame

@@ -75,3 +75,10 @@ def test_stems_that_cannot_be_had_are_said_before_the_work(tmp_path: Path) -> No
         argv = ["--catalog", catalogue, "--out", str(tmp_path / "out"), "--codec=tiny", f"--rights.today={TODAY}"]
         with pytest.raises((UserError, settings.SettingsError), match="chroma_stems needs the package demucs"):
             command.main([*argv, "--chroma_variants", "1", "--chroma_stems", "true"])
+
+
+@pytest.mark.parametrize("name", ["WINDOW_FRAMES", "CONTEXT_FRAMES"])
+def test_other_windows_of_the_codec_make_another_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = command.settings_hash(command.identity(command.IngestConfig(), codecs.tiny()))
+    monkeypatch.setattr(codecs, name, 123)
+    assert command.settings_hash(command.identity(command.IngestConfig(), codecs.tiny())) != before
