@@ -3,8 +3,8 @@
     python -m benchmarks.training [--size 300m] [--batch 1 --crop_seconds 5] [--data URI] [--json FILE]
 
 Three measurements. The peer: a training step of this model and one of a plain `transformers.MusicgenForCausalLM` of the
-same shape, in turn, on the same batch, each in float32 and, where the processor has bf16, in bf16 autocast; both at
-their best precision are compared.
+same shape, in turn, on the same batch, each in a process of its own, in float32 and, where the processor has bf16, in
+bf16 autocast; both at their best precision are compared, and once more with the peer's process set up as ours is.
 The run: `training.train` itself, with everything beside the step (reading, logging, Lightning). The parts: one step
 taken apart. Without DATA a set of made-up tokens is used; speed does not depend on which tokens they are. Sizes other
 than demo take the packaged text encoder here. Keep the machine otherwise idle.
@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 
 from musicgen import settings
+from musicgen.errors import UserError
 from training.strategy import HardwareConfig
 
 
@@ -137,31 +138,33 @@ def measure_parts(config: BenchConfig, data: str, repeats: int = 5) -> dict[str,
     return {part: statistics.median(values[1:]) for part, values in seconds.items()}
 
 
-def measure_peer(config: BenchConfig, rounds: int) -> dict[str, dict[str, float]]:
-    """Frames per second of whole training steps, ours and the peer's in turn, by precision; text states are given."""
-    from rich.progress import track
+def _our_side(run: Any) -> tuple[Any, Callable[[], torch.Tensor]]:
+    """Our model in training, and its loss on the batch of `_batch`."""
+    from musicgen.lm import MusicLM
+    from training import loss
+
+    inputs, targets, scored, mask, device = _batch(run)
+    text = torch.randn(*mask.shape, run.lm.condition.text_dim, device=device)
+    lm = MusicLM(run.lm).to(device)
+    heads: Any = list(lm.linears)
+
+    def value() -> torch.Tensor:
+        sums = loss.cross_entropy_sums(lm.hidden(inputs, text, mask), heads, targets, scored)
+        return loss.mean_over_codebooks(sums, scored.sum((0, 2)))
+
+    return lm, value
+
+
+def _their_side(run: Any) -> tuple[Any, Callable[[], torch.Tensor]]:
+    """The peer's model of the same shape in training, and its loss on the same batch."""
     from transformers import MusicgenForCausalLM
     from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
 
-    from musicgen import patterns
-    from musicgen.lm import MusicLM
-    from training import budget, loss, optim, train
-
-    run = train.read_config(config.shape(), folders=False)
-    shape, device = run.lm, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    frames, batch = round(50 * run.batch.crop_seconds), run.batch.size
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, shape.codebook_size, (batch, shape.num_codebooks, frames), generator=generator)
-    valid = torch.ones(batch, frames, dtype=torch.bool)
-    columns = patterns.training_columns(codes, shape.special_id, valid=valid, pattern=shape.pattern, tail=shape.tail)
-    inputs, targets, scored = (part.to(device) for part in columns)
-    mask = torch.ones(batch, budget.TEXT_TOKENS, dtype=torch.bool, device=device)
-    ours_text = torch.randn(batch, budget.TEXT_TOKENS, shape.condition.text_dim, device=device)
-    peer_text = torch.randn(batch, budget.TEXT_TOKENS, shape.dim, device=device)  # it has no projection of its own
+    shape = run.lm
+    inputs, targets, scored, mask, device = _batch(run)
+    text = torch.randn(*mask.shape, shape.dim, device=device)  # it has no projection of its own
     labels = torch.where(scored, targets, -100).transpose(1, 2).contiguous()
-    torch.manual_seed(0)
-    ours = MusicLM(shape).to(device)
-    peer_config = MusicgenDecoderConfig(
+    config = MusicgenDecoderConfig(
         vocab_size=shape.codebook_size,
         max_position_embeddings=inputs.shape[2],
         num_hidden_layers=shape.num_layers,
@@ -174,48 +177,120 @@ def measure_peer(config: BenchConfig, rounds: int) -> dict[str, dict[str, float]
         pad_token_id=shape.special_id,
         bos_token_id=shape.special_id,
     )
-    peer_config._attn_implementation = "sdpa"
-    peer = MusicgenForCausalLM(peer_config).to(device).train()
+    config._attn_implementation = "sdpa"
+    peer = MusicgenForCausalLM(config).to(device).train()
 
-    def our_loss() -> torch.Tensor:
-        heads: Any = list(ours.linears)
-        sums = loss.cross_entropy_sums(ours.hidden(inputs, ours_text, mask), heads, targets, scored)
-        return loss.mean_over_codebooks(sums, scored.sum((0, 2)))
-
-    def peer_loss() -> torch.Tensor:
+    def value() -> torch.Tensor:
         out = peer(
-            input_ids=inputs.flatten(0, 1),
-            encoder_hidden_states=peer_text,
-            encoder_attention_mask=mask.long(),
-            labels=labels,
-            use_cache=False,
-        )
+            input_ids=inputs.flatten(0, 1), encoder_hidden_states=text, encoder_attention_mask=mask.long(),
+            labels=labels, use_cache=False,
+        )  # fmt: skip
         return out.loss
 
-    sides = {
-        "ours": (our_loss, ours, optim.build_optimizer(ours.parameters(), run.optim)),
-        "transformers": (peer_loss, peer, optim.build_optimizer(peer.parameters(), run.optim)),
-    }
-    seconds: dict[str, dict[str, list[float]]] = {}
+    return peer, value
+
+
+def _batch(run: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.device]:
+    """Columns in, targets, what is scored, the text's mask, and the device."""
+    from musicgen import patterns
+    from training import budget
+
+    shape, device = run.lm, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    frames, batch = round(50 * run.batch.crop_seconds), run.batch.size
+    codes = torch.randint(
+        0, shape.codebook_size, (batch, shape.num_codebooks, frames), generator=torch.Generator().manual_seed(0)
+    )
+    valid = torch.ones(batch, frames, dtype=torch.bool)
+    columns = patterns.training_columns(codes, shape.special_id, valid=valid, pattern=shape.pattern, tail=shape.tail)
+    inputs, targets, scored = (part.to(device) for part in columns)
+    return inputs, targets, scored, torch.ones(batch, budget.TEXT_TOKENS, dtype=torch.bool, device=device), device
+
+
+def _serve(side: Literal["ours", "transformers"], config: BenchConfig, threads: int, told: Any) -> None:
+    """One side in a process of its own: makes a step of the precision that it is told, answers its seconds."""
+    from musicgen import heap
+    from training import optim, train
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    run = train.read_config(config.shape(), folders=False)
+    if side == "ours":
+        heap.keep_freed()  # as every command of ours does
+    model, make_loss = _our_side(run) if side == "ours" else _their_side(run)
+    device = next(model.parameters()).device
+    optimizer = optim.build_optimizer(model.parameters(), run.optim)
+    told.send("ready")
+    for order in iter(told.recv, "end"):
+        if order == "keep freed memory":
+            told.send(heap.keep_freed())
+            continue
+        began = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=order == "bf16"):
+            value = make_loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), run.optim.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        told.send(time.perf_counter() - began)
+
+
+def measure_peer(config: BenchConfig, rounds: int) -> dict[str, dict[str, float]]:
+    """Frames per second of whole training steps, ours and the peer's in turn, by side and precision; text states given.
+
+    Each side is a process, since what malloc keeps is a process's own. `transformers, memory kept` is the peer with our
+    setting of malloc, measured last, beside ours once more.
+    """
+    import multiprocessing
+
+    from rich.progress import track
+
+    from training import train
+
+    run = train.read_config(config.shape(), folders=False)
+    frames = run.batch.size * round(50 * run.batch.crop_seconds)
+    spawn, sides = multiprocessing.get_context("spawn"), {}
+    for name in ("ours", "transformers"):
+        here, there = spawn.Pipe()
+        process = spawn.Process(target=_serve, args=(name, config, torch.get_num_threads(), there), daemon=True)
+        process.start()
+        there.close()
+        sides[name] = (process, here)
+
+    def answer(name: str) -> Any:
+        try:
+            return sides[name][1].recv()
+        except EOFError as error:
+            raise UserError(f"the process of {name} ended; its error stands above") from error
+
+    def ask(name: str, order: str) -> Any:
+        sides[name][1].send(order)
+        return answer(name)
+
+    rates: dict[str, dict[str, float]] = {}
     # Emulated bf16 is ten times slower on both sides and nobody's best.
     precisions = ["bf16", "float32"] if HardwareConfig(precision="auto").number_format == "bf16" else ["float32"]
-    for precision in precisions:
-        for _ in track(range(rounds), description=f"steps in {precision}"):
-            for name, (make_loss, model, optimizer) in sides.items():
-                began = time.perf_counter()
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    value = make_loss()
-                value.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), run.optim.clip)
-                optimizer.step()
-                optimizer.zero_grad()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds.setdefault(name, {}).setdefault(precision, []).append(time.perf_counter() - began)
-    return {
-        name: {kind: batch * frames / statistics.median(times[1:]) for kind, times in kinds.items()}
-        for name, kinds in seconds.items()
-    }
+    try:
+        for name in sides:
+            answer(name)
+        for suffix in ("", ", memory kept"):
+            if suffix and (torch.cuda.is_available() or not ask("transformers", "keep freed memory")):
+                break
+            for precision in precisions:
+                seconds: dict[str, list[float]] = {name: [] for name in sides}
+                for _ in track(range(rounds), description=f"steps in {precision}{suffix}"):
+                    for name, times in seconds.items():
+                        times.append(ask(name, precision))
+                for name, times in seconds.items():
+                    rates.setdefault(name + suffix, {})[precision] = frames / statistics.median(times[1:])
+        for name in sides:
+            sides[name][1].send("end")
+    finally:
+        for process, _ in sides.values():
+            process.join(10)
+            process.terminate()
+    return rates
 
 
 def peer_lines(config: BenchConfig, peer: dict[str, dict[str, float]]) -> list[str]:
@@ -229,8 +304,11 @@ def peer_lines(config: BenchConfig, peer: dict[str, dict[str, float]]) -> list[s
     lines = [f"a step of {run.batch.size} x {run.batch.crop_seconds:g} s, frames per second by precision"]
     for name, kinds in peer.items():
         said = ", ".join(f"{kind} {rate:.1f}" for kind, rate in kinds.items())
-        lines.append(f"  {name:<14}{said}; best is {best[name] * per_frame / 1e9:.1f} GFLOP/s")
+        lines.append(f"  {name:<28}{said}; best is {best[name] * per_frame / 1e9:.1f} GFLOP/s")
     lines.append(f"  ours / transformers, both at their best: {best['ours'] / best['transformers']:.2f}")
+    if "ours, memory kept" in best:
+        again = best["ours, memory kept"] / best["transformers, memory kept"]
+        lines.append(f"  ours / transformers with our setting of malloc (musicgen/heap.py): {again:.2f}")
     lines.append(f"  FLOP: {budget.FLOP_RULE}")
     return lines
 

@@ -5,7 +5,7 @@ turns a matrix into a callable of that product:
 
 - `float32`: on a CPU oneDNN's layout, whose kernels read at the memory's speed where BLAS does not for few rows.
 - `float16`: on a CPU half the bytes, widened to float32 in registers (FBGEMM); on a GPU plain float16.
-- `bf16`: plain bfloat16 on both; fast where the processor multiplies bfloat16.
+- `bf16`: on a CPU that multiplies bfloat16 oneDNN's layout, elsewhere plain.
 - `int8`: a quarter of the bytes, one scale per output row. On a CPU FBGEMM's kernel, which rounds the input to 7 bits
   by one scale per call: the product then depends slightly on the other rows of the batch. On a GPU the input stays.
 
@@ -36,6 +36,12 @@ def stream_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.float16 if precision == "float16" and device.type != "cpu" else torch.float32
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether this processor has instructions for products of bfloat16; elsewhere they are emulated, at a tenth of the
+    speed of float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def pack(weight: Tensor, precision: Precision) -> Product:
     """`x [..., in] -> [..., out]` for `weight [out, in]`; `x` has the type of `stream_dtype`.
 
@@ -46,10 +52,8 @@ def pack(weight: Tensor, precision: Precision) -> Product:
     dtype = stream_dtype(precision, weight.device)
     if weight.device.type != "cpu":
         return _int8_on_gpu(weight, dtype) if precision == "int8" else _plain(weight.to(dtype))
-    if precision == "float32":
-        return _onednn(weight.float()) if torch.backends.mkldnn.is_available() else _plain(weight.float())
-    if precision == "bf16":
-        return _plain(weight.to(dtype))
+    if precision in ("float32", "bf16"):
+        return _onednn(weight.to(dtype)) if _has_onednn(dtype) else _plain(weight.to(dtype))
     _need_fbgemm(precision)
     return _fbgemm_float16(weight.float()) if precision == "float16" else _fbgemm_int8(weight.float())
 
@@ -62,6 +66,11 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _plain(weight: Tensor) -> Product:
     return lambda x: F.linear(x, weight)
+
+
+def _has_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies this type here with the processor's own instructions."""
+    return torch.backends.mkldnn.is_available() and (dtype == torch.float32 or cpu_multiplies_bf16())
 
 
 def _onednn(weight: Tensor) -> Product:

@@ -131,7 +131,10 @@ def run(main: Any) -> None:
 
     A first `--` is left out: launchers that take `--run` for an option of their own (torchrun) need it before ours.
     """
+    from musicgen import heap
     from musicgen.errors import UserError
+
+    heap.keep_freed()
 
     try:
         code = main(sys.argv[2:] if sys.argv[1:2] == ["--"] else sys.argv[1:])

@@ -28,7 +28,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from musicgen import settings
+from musicgen import heap, settings
 from musicgen.errors import UserError
 from training import launch
 
@@ -128,6 +128,7 @@ def _work(given: dict[str, Any]) -> None:
     from training import train
 
     told: Any = rank_zero_only
+    heap.keep_freed()
 
     words, start = given["words"], os.environ["MASTER_ADDR"] + ":" + os.environ["MASTER_PORT"]
     if ray.get(words.read.remote())[0]:

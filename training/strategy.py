@@ -19,6 +19,7 @@ from torch import nn
 
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
+from musicgen.packing import cpu_multiplies_bf16
 from training.budget import Plan
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ class HardwareConfig:
         accelerator: `auto` takes a GPU when there is one.
         devices: processes (and GPUs) per node.
         nodes: machines.
-        precision: `bf16` is autocast with float32 master weights; `auto` takes it on GPUs and on processors with
-            512-bit vectors, and float32 elsewhere, where bf16 is emulated at a fraction of the speed.
+        precision: `bf16` is autocast with float32 master weights; `auto` takes it on GPUs and on processors that
+            multiply bf16, and float32 elsewhere, where it is emulated at a fraction of the speed.
         threads: CPU threads per process; 0 leaves torch's choice.
         strategy: `ddp` copies the model to every rank, `fsdp` shards it over all, `hybrid` over groups of ranks;
             `auto` takes what the plan says.
@@ -74,8 +75,7 @@ class HardwareConfig:
         """The precision that a run computes in."""
         if self.precision != "auto":
             return self.precision
-        fast = self.uses_gpu or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        return "bf16" if fast else "float32"
+        return "bf16" if self.uses_gpu or cpu_multiplies_bf16() else "float32"
 
     @property
     def compiles(self) -> bool:
