@@ -51,7 +51,7 @@ class AssetsConfig:
     work: str = "data/assets"
     hours: float = 12.0
     music_seed: int = 1
-    codec_steps: tuple[int, int] = (5400, 5000)
+    codec_steps: tuple[int, int] = (5400, 13000)
     model_steps: int = 1400
     embedded: bool = False
     shipped: str = "musicgen/assets"

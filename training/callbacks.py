@@ -261,13 +261,22 @@ class States(EachStep):
     Args:
         folder: the run's `state/`.
         background: write beside the training.
+        elsewhere: number of a signal that reached another process and is meant for this one, 0 for none.
     """
 
     def __init__(
-        self, folder: Path, config: LogConfig, last_step: int, stopwatch: Stopwatch, *, background: bool
+        self,
+        folder: Path,
+        config: LogConfig,
+        last_step: int,
+        stopwatch: Stopwatch,
+        *,
+        background: bool,
+        elsewhere: Callable[[], int] | None = None,
     ) -> None:
         super().__init__(last_step)
         self.folder, self.config, self.stopwatch, self.background = folder, config, stopwatch, background
+        self.elsewhere = elsewhere
         self.asked: int = 0  # signal number
         self.left_at: int | None = None  # step at which the run stopped because it was asked to
         self._vote: tuple[Any, Tensor] | None = None
@@ -320,6 +329,8 @@ class States(EachStep):
 
         The exchange of a step is read at the next one, so nobody waits for it.
         """
+        if self.elsewhere is not None:
+            self.asked = self.asked or self.elsewhere()
         if trainer.world_size == 1:
             return bool(self.asked)
         leave = False

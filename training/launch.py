@@ -7,12 +7,14 @@ two contradict each other the run stops in words. Without a launcher Lightning s
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from musicgen.errors import UserError
 from training.strategy import HardwareConfig
+
+EXIT_REQUEUE = 75  # asked to leave: the state is saved, run the same command again (EX_TEMPFAIL of sysexits.h)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Launched:
         local_world: how many of them are on this machine.
         environment: how Lightning learns of the others; None leaves Lightning's choice.
         device: where it computes; None takes the GPU numbered as the local rank.
+        asked: number of a signal that reached another process and asks this one to leave, 0 for none; None where all
+            signals come here.
     """
 
     by: str = ""
@@ -59,6 +63,7 @@ class Launched:
     local_world: int = 0
     environment: Any = None
     device: Any = None
+    asked: Callable[[], int] | None = None
 
 
 def here(env: Mapping[str, str] = os.environ) -> Launched:

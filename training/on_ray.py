@@ -5,7 +5,8 @@ dies, Ray ends the others and starts all anew, on the machines that are left or 
 last state. The run's folder and a local DATA must lie where all machines see them.
 
 Ray takes every error for a failure that a new start may mend. An error meant for the user is one only when a second
-start says the same words, so the workers leave them with an actor; those of a peer's death do not come twice.
+start says the same words, so the workers leave them with an actor; those of a peer's death do not come twice. By the
+same actor a SIGTERM or SIGUSR1 of the command reaches the workers: they save and leave, and it ends with 75.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -31,9 +37,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from musicgen import heap, settings
 from musicgen.errors import UserError
 from training import launch
+from training.launch import EXIT_REQUEUE
 
 if TYPE_CHECKING:
     from training.train import TrainConfig
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class _Words:
@@ -43,6 +52,8 @@ class _Words:
         self.said: dict[str, str] = {}
         self.final = ""
         self.latest = ""
+        self.asked = 0
+        self.left = False
 
     def say(self, start: str, text: str) -> None:
         if self.said.setdefault(text, start) != start:
@@ -53,11 +64,28 @@ class _Words:
         """(what a new start would only say again, what was said last)."""
         return self.final, self.latest
 
+    def ask(self, number: int) -> None:
+        """Pass a signal on to the workers."""
+        self.asked = number
+
+    def signal(self) -> int:
+        """The signal that was passed on, 0 for none."""
+        return self.asked
+
+    def leave(self) -> None:
+        """The state is saved, the workers leave."""
+        self.left = True
+
+    def has_left(self) -> bool:
+        """Whether the workers left because they were asked to."""
+        return self.left
+
 
 def fit(config: TrainConfig) -> Path:
     """Train or go on, on the cluster at `config.ray.address`; returns the run's folder.
 
     Raises:
+        SystemExit: with `EXIT_REQUEUE`, when a signal asked the run to leave and its state is saved.
         UserError: what a worker said twice, no cluster there, too few machines, more failures than allowed.
     """
     address, run = config.ray.address, Path(config.run).resolve()
@@ -103,7 +131,8 @@ def _fit(config: TrainConfig, run: Path, use_gpu: bool) -> Path:
         ),
     )
     try:
-        trainer.fit()
+        with _passed_on(words):
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
         _, latest = ray.get(words.read.remote())
         print(error, file=sys.stderr)
@@ -118,7 +147,47 @@ def _fit(config: TrainConfig, run: Path, use_gpu: bool) -> Path:
     final, _ = ray.get(words.read.remote())
     if final:
         raise UserError(final)
+    if ray.get(words.has_left.remote()):
+        raise SystemExit(EXIT_REQUEUE)
     return run
+
+
+@contextmanager
+def _passed_on(words: Any) -> Iterator[None]:
+    """SIGTERM and SIGUSR1 go to the workers while inside. The handler only writes down the number, a thread sends it:
+    the main thread stands in a call of Ray's, which does not take a second one."""
+    asked: SimpleQueue[int] = SimpleQueue()
+
+    def send() -> None:
+        for number in iter(asked.get, 0):
+            ray.get(words.ask.remote(number))
+
+    before = {number: signal.signal(number, lambda n, _: asked.put(n)) for number in SIGNALS}
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        asked.put(0)
+        sender.join()
+
+
+class _Asked:
+    """The signal that the command got, read every second beside the training."""
+
+    def __init__(self, words: Any) -> None:
+        self.number = 0
+        self.words, self.over = words, threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def __call__(self) -> int:
+        return self.number
+
+    def _watch(self) -> None:
+        while not self.over.wait(1.0) and not self.number:
+            self.number = ray.get(self.words.signal.remote())
 
 
 def _work(given: dict[str, Any]) -> None:
@@ -137,13 +206,20 @@ def _work(given: dict[str, Any]) -> None:
         os.chdir(given["folder"])
     config = settings.from_dict(train.TrainConfig, given["config"])
     hardware = dataclasses.replace(config.hardware, devices=1, nodes=1)
+    asked = _Asked(words)
     try:
-        launched = _launched()
+        launched = dataclasses.replace(_launched(), asked=asked)
         told.rank = launched.rank
         train.fit(dataclasses.replace(config, hardware=hardware), launched)
     except UserError as error:
         ray.get(words.say.remote(start, str(error)))
         raise
+    except SystemExit as left:
+        if left.code != EXIT_REQUEUE:
+            raise
+        ray.get(words.leave.remote())  # a worker that ends otherwise would be started again
+    finally:
+        asked.over.set()
 
 
 def _launched() -> launch.Launched:

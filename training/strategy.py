@@ -207,23 +207,23 @@ def prepare(lm: nn.Module, config: HardwareConfig, plan: Plan, device: torch.dev
         if plan.checkpointing != "none":
             selective = plan.checkpointing == "selective"
             draws = block.dropout > 0 or any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
-            block.forward = functools.partial(_checkpointed, block.forward, selective, draws)
+            kept = _kept_ops() if selective else None
+            block.forward = functools.partial(_checkpointed, block.forward, kept, draws)
         if config.compiles:
             block.forward = torch.compile(block.forward, dynamic=False)
     if plan.shards > 1:
         _shard(lm, blocks, config, plan, device)
 
 
-def _checkpointed(forward: Any, selective: bool, draws: bool, *inputs: Any) -> Any:
+def _checkpointed(forward: Any, kept: list[Any] | None, draws: bool, *inputs: Any) -> Any:
     from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
     options: dict[str, Any] = {}
-    if selective:
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _kept_ops())
+    if kept is not None:
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
     return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=draws, **options)
 
 
-@functools.cache
 def _kept_ops() -> list[Any]:
     """What selective checkpointing keeps: results of matrix products and attention, dear to make again."""
     aten = torch.ops.aten

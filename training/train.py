@@ -28,7 +28,7 @@ from training import budget, devices, finetune, launch, products, words
 from training import folder as folder_of
 from training.callbacks import LogConfig
 from training.data import BatchConfig
-from training.launch import Launched, RayConfig
+from training.launch import EXIT_REQUEUE, Launched, RayConfig
 from training.optim import MOMENTS, OptimConfig
 from training.selection import Selection
 from training.state import Progress
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from training.sources import Sources
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "train"
-EXIT_REQUEUE = 75  # asked to leave: the state is saved, run the same command again (EX_TEMPFAIL of sysexits.h)
 
 
 @dataclass(frozen=True)
@@ -387,7 +386,9 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
         clock,
     )
     background = _in_background(config, plan)
-    states = callbacks.States(folder / "state", config.log, stop, clock, background=background)
+    states = callbacks.States(
+        folder / "state", config.log, stop, clock, background=background, elsewhere=launched.asked
+    )
     profile = watch.Profile(folder / "profile", config.log.profile_at, config.log.profile_steps)
     bar = callbacks.Bar(recorder, validation, config.steps, config.steps)
     trainer = strategy.build_trainer(

@@ -168,6 +168,39 @@ def test_trains_resumes_and_exports(cache: Path, tmp_path: Path) -> None:
     assert not other, "6 steps, stopped, 6 more = 12 at once, bit for bit"
 
 
+def test_the_release_is_the_best_since_the_discriminator_listens(cache: Path, tmp_path: Path) -> None:
+    """What was better by figures that know no texture is replaced, and a worse one of the same phase is not taken."""
+    run = tmp_path / "run"
+    argv = [
+        "--data",
+        str(cache),
+        *SMALL,
+        *SMALL_CRITIC,
+        "--run",
+        str(run),
+        "--validate_every",
+        "4",
+        "--warmup_steps",
+        "2",
+    ]
+    argv += ["--adversarial_start", "4"]
+
+    def released(steps: int) -> int:
+        assert train.main([*argv, "--steps", str(steps)]) == 0
+        return int(json.loads((run / "release" / "training.json").read_text())["step"])
+
+    def pretend(score: float) -> None:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines[-1]["valid/score"] = score
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    assert released(4) == 4
+    pretend(-99.0)
+    assert released(8) == 8
+    pretend(-99.0)
+    assert released(12) == 8
+
+
 def test_starts_from_another_run(cache: Path, tmp_path: Path) -> None:
     """A codec trained with reconstruction losses goes on with the discriminator, from its state or its release."""
     first = ["--data", str(cache), *SMALL, "--steps", "6", "--validate_every", "6", "--cooldown_steps", "1"]

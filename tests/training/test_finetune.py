@@ -3,6 +3,7 @@ went."""
 
 import dataclasses
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from musicgen import adapters, weights
 from musicgen import codec as codecs
 from musicgen.conditioning import TextEncoder
 from musicgen.errors import UserError
+from tests.training import tiny_run
 from tests.training.synthetic import STYLES, write_dataset
 from tests.training.test_train import SMALL, same, tensors
 from tests.training.test_train import metrics as rows
@@ -83,6 +85,18 @@ def test_stopped_and_resumed_equals_all_at_once(place: Path) -> None:
     go(place, "parts", *init, *LORA)
     same(tensors(place / "whole", 12), tensors(run, 12))
     assert rows(run) == rows(place / "whole")
+
+
+@pytest.mark.slow
+def test_an_adapter_killed_and_resumed_equals_all_at_once(place: Path) -> None:
+    run, init = place / "killed", ["--init", str(place / "base" / "release")]
+    words = [sys.executable, "-m", "training.train", "--size", "demo", "--data", str(place / "data"), "--run", str(run)]
+    words += [*SMALL, *init, *LORA, "--batch.workers", "2"]
+    assert tiny_run.killed(words, run, [3, 7, 10])
+    go(place, "killed", *init, *LORA, "--batch.workers", "2")
+    one = go(place, "one", *init, *LORA, "--batch.workers", "2")
+    same(tensors(one, 12), tensors(run, 12))
+    assert rows(run) == rows(one)
 
 
 def test_a_base_that_changed_under_a_run_is_refused(place: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,33 +37,59 @@ def workers_of(driver: int) -> list[int]:
     return sorted(filter(below, found))
 
 
+def command(data: Path, run: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "training.train", *tiny_run.ARGS, "--data", str(data), "--run", str(run), *ON_RAY, *more
+    ]  # fmt: skip
+
+
+def on_two_workers(words: list[str], log: Path, run: Path, then: Callable[[subprocess.Popen[bytes]], None]) -> int:
+    """Start the command, do something to it once it makes steps; its exit code."""
+    with log.open("w") as out:
+        driver = subprocess.Popen(words, env=ENV, stdout=out, stderr=out)
+        try:
+            tiny_run.wait_for(lambda: tiny_run.last_step(run) >= 1, 200, log.read_text, driver)
+            then(driver)
+            return driver.wait(timeout=200)
+        finally:
+            driver.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_killed_worker_costs_no_step(tmp_path: Path, strategy: str) -> None:
     data, run, log = tiny_run.dataset(tmp_path / "data"), tmp_path / "run", tmp_path / "log"
-    command = [sys.executable, "-m", "training.train", *tiny_run.ARGS, "--data", str(data), "--run", str(run)]
-    with log.open("w") as out:
-        driver = subprocess.Popen(
-            [*command, *ON_RAY, "--hardware.strategy", strategy],
-            env=ENV,
-            stdout=out,
-            stderr=out,
-        )
-        try:
-            tiny_run.wait_for(lambda: tiny_run.last_step(run) >= 1, 200, log.read_text, driver)
-            workers = workers_of(driver.pid)
-            tiny_run.wait_for(lambda: bool(state.steps_in(run / "state")), 200, log.read_text, driver)
-            os.kill(workers[-1], signal.SIGKILL)
-            killed_at = tiny_run.last_step(run)
-            assert driver.wait(timeout=200) == 0, log.read_text()
-        finally:
-            driver.kill()
+    workers: list[int] = []
+
+    def kill_one(driver: subprocess.Popen[bytes]) -> None:
+        workers.extend(workers_of(driver.pid))
+        tiny_run.wait_for(lambda: bool(state.steps_in(run / "state")), 200, log.read_text, driver)
+        os.kill(workers[-1], signal.SIGKILL)
+        assert tiny_run.last_step(run) < tiny_run.STEPS
+
+    code = on_two_workers(command(data, run, "--hardware.strategy", strategy), log, run, kill_one)
     said = log.read_text()
-    assert len(workers) == 2 and killed_at < tiny_run.STEPS
-    assert "going on from" in said, said
+    assert code == 0 and len(workers) == 2 and "going on from" in said, said
     tiny_run.same(tiny_run.curves(run), tiny_run.undisturbed(data, tmp_path / "one"))
     assert state.read_progress(run / "state", tiny_run.STEPS).ranks == 2
     assert (run / "release" / "model.safetensors").is_file() and not list(tmp_path.glob(".run.ray*"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_command_reaches_the_workers(tmp_path: Path) -> None:
+    """They save and leave, and the command says so by its exit code; the next one goes on."""
+    data, run, log = tiny_run.dataset(tmp_path / "data"), tmp_path / "run", tmp_path / "log"
+    long = ["--steps", "400", "--log.state_every", "1000", "--log.valid_every", "1000"]
+    code = on_two_workers(command(data, run, *long), log, run, lambda driver: driver.send_signal(signal.SIGTERM))
+    assert code == launch.EXIT_REQUEUE, log.read_text()
+    [left] = state.steps_in(run / "state")
+    assert 1 <= left < 400 and f"left      after step {left} of 400, asked by SIGTERM" in log.read_text()
+    stop = ["--stop_at", str(left + 2)]
+    done = subprocess.run(command(data, run, *long, *stop), env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert tiny_run.last_step(run) == left + 2
+    steps = [row["step"] for row in tiny_run.curves(run)]
+    assert steps == list(range(1, left + 3))
 
 
 def test_settings_of_ray_are_checked() -> None:

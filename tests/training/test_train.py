@@ -27,10 +27,11 @@ from musicgen import weights
 from musicgen.errors import UserError
 from musicgen.settings import SettingsError
 from pipelines.shard import ShardSet
-from tests.training import wandb_file
+from tests.training import tiny_run, wandb_file
 from tests.training.synthetic import small_codec, write_dataset
 from tests.training.tiny_run import curves as metrics
-from training import record, state, train
+from tests.training.tiny_run import last_step
+from training import launch, record, state, train
 from training.data import unigram_loss
 from training.module import NonFiniteLoss
 
@@ -137,10 +138,6 @@ def test_stopped_and_resumed_equals_all_at_once(
     assert wandb_rows == local
 
 
-def last_step(run: Path) -> int:
-    return max((row["step"] for row in record.read_metrics(run / "metrics.jsonl")), default=0)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_killed_at_any_step_and_resumed_equals_all_at_once(data: Path, tmp_path: Path, precision: str) -> None:
@@ -148,20 +145,8 @@ def test_killed_at_any_step_and_resumed_equals_all_at_once(data: Path, tmp_path:
     one = go(data, tmp_path / "one", *options)
     run = tmp_path / "killed"
     command = [sys.executable, "-m", "training.train", "--size", "demo", "--data", str(data), "--run", str(run)]
-    threads = str(torch.get_num_threads())
-    kills = 0
-    for target in random.Random(time.time_ns()).sample(range(1, 38), 3):
-        child = subprocess.Popen(
-            [*command, *SMALL, *options], env={**os.environ, "OMP_NUM_THREADS": threads}, stdout=subprocess.DEVNULL
-        )
-        try:
-            deadline = time.monotonic() + 150
-            while last_step(run) < target and time.monotonic() < deadline and child.poll() is None:
-                time.sleep(0.005)
-        finally:
-            child.kill()
-            kills += child.wait() == -signal.SIGKILL
-    assert kills
+    targets = random.Random(time.time_ns()).sample(range(1, 38), 3)
+    assert tiny_run.killed([*command, *SMALL, *options], run, targets)
     go(data, run, *options)
     same(tensors(one, 40), tensors(run, 40))
     assert metrics(run) == metrics(one)
@@ -179,7 +164,7 @@ def test_a_signal_saves_and_asks_to_be_run_again(whole: Path, data: Path, tmp_pa
     threading.Thread(target=ask, daemon=True).start()
     with pytest.raises(SystemExit) as left:
         go(data, run)
-    assert left.value.code == train.EXIT_REQUEUE and signal.getsignal(signal.SIGTERM) == before
+    assert left.value.code == launch.EXIT_REQUEUE and signal.getsignal(signal.SIGTERM) == before
     [step] = state.steps_in(run / "state")
     assert 0 < step < 20
     go(data, run)
@@ -260,6 +245,22 @@ def test_parts_of_a_step_make_the_same_step(data: Path, tmp_path: Path) -> None:
     close(tensors(one, 3), tensors(four, 3))
     assert metrics(one)[0]["train/loss"] == pytest.approx(metrics(four)[0]["train/loss"], rel=1e-5)
     assert metrics(one)[-1]["valid/loss"] == pytest.approx(metrics(four)[-1]["valid/loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_compiled_blocks_make_the_same_steps(data: Path, tmp_path: Path, checkpointing: str) -> None:
+    """Compiled, stopped and gone on uncompiled: hardware is free to change, and the names in the state stay."""
+    from torch._dynamo.utils import counters
+
+    one = go(data, tmp_path / "one", "--steps", "4")
+    options = ["--steps", "4", "--hardware.checkpointing", checkpointing]
+    counters.clear()
+    two = go(data, tmp_path / "two", *options, "--hardware.compile", "on", "--stop_at", "2")
+    assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]
+    go(data, two, *options)
+    close(tensors(one, 4), tensors(two, 4))
+    assert metrics(two)[-1] == pytest.approx(metrics(one)[-1], rel=1e-3)
 
 
 @pytest.mark.slow

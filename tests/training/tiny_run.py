@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.training.synthetic import write_dataset
 from training import record, train
@@ -59,6 +61,23 @@ def same(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
 def last_step(run: Path) -> int:
     """The last step in metrics.jsonl; 0 before the first."""
     return max((row["step"] for row in record.read_metrics(run / "metrics.jsonl")), default=0)
+
+
+def killed(words: list[str], run: Path, targets: list[int]) -> int:
+    """Start a training once per target and SIGKILL it once it has made so many steps; how often it came to that."""
+    kills = 0
+    for target in targets:
+        child = subprocess.Popen(
+            words, env={**ENV, "OMP_NUM_THREADS": str(torch.get_num_threads())}, stdout=subprocess.DEVNULL
+        )
+        try:
+            deadline = time.monotonic() + 150
+            while last_step(run) < target and time.monotonic() < deadline and child.poll() is None:
+                time.sleep(0.005)
+        finally:
+            child.kill()
+            kills += child.wait() == -signal.SIGKILL
+    return kills
 
 
 def wait_for(

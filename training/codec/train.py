@@ -2,7 +2,8 @@
 
 Settings come from configs/codec/<size>.yaml, then from the command line. Lightning drives, on CPUs or GPUs. Every
 `validate_every` steps the averaged weights are measured on held-out tracks, written to `runs/<name>/release/` when they
-are the best so far, and the whole state to `runs/<name>/state/last.ckpt`. The record is `metrics.jsonl` and `samples/`,
+are the best so far (the discriminator hears what the measure does not: once its part is whole, the best since then),
+and the whole state to `runs/<name>/state/last.ckpt`. The record is `metrics.jsonl` and `samples/`,
 mirrored to Weights & Biases (offline when there is no key or network).
 """
 
@@ -182,7 +183,7 @@ class Watch(_callback_base()):  # type: ignore[misc]
         self.begin_step = 0
         self.bar: Any = None
         earlier = record.read_metrics(run / "metrics.jsonl")
-        self.best = min((line["valid/score"] for line in earlier if "valid/score" in line), default=float("inf"))
+        self.scores = {line["step"]: line["valid/score"] for line in earlier if "valid/score" in line}
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Start the clock."""
@@ -234,7 +235,7 @@ class Watch(_callback_base()):  # type: ignore[misc]
         self.bar.update(self.task, description=f"mel {mel:.3f}, {rate:.1f} audio-s/s")
 
     def _validate(self, module: Any, step: int) -> None:
-        """Measure the averaged weights, write clips, and the release when they are the best so far."""
+        """Measure the averaged weights, write clips, and the release when they are the best so far of their phase."""
         from musicgen import codec as codecs
 
         journal: Any = self.journal
@@ -243,11 +244,17 @@ class Watch(_callback_base()):  # type: ignore[misc]
         journal.log(step, result)
         self.bar.console.print(f"step {step}: " + ", ".join(f"{k[6:]} {v:.3f}" for k, v in result.items()))
         journal.clips(step, self._clips(module, step, heard))
-        if result["valid/score"] < self.best:
-            self.best = result["valid/score"]
+        rivals = [score for other, score in self.scores.items() if self._judged(other) == self._judged(step)]
+        self.scores[step] = result["valid/score"]
+        if all(result["valid/score"] < rival for rival in rivals):
             codecs.save(module.averaged_network(), self.run / "release")
             about = {"step": step, **result, "config": dataclasses.asdict(self.config)}
             (self.run / "release" / "training.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    def _judged(self, step: int) -> bool:
+        """Whether the discriminator's losses have their whole weight."""
+        begin = self.config.adversarial_begin
+        return begin is not None and step >= begin + self.config.adversarial_ramp
 
     def _clips(self, module: Any, step: int, heard: list[np.ndarray]) -> list[tuple[Path, str]]:
         """Reconstructions in samples/, and once what they are reconstructions of: files and their captions."""
