@@ -53,6 +53,10 @@ class BenchConfig:
     crop_seconds: float = 0.0
     json: str = ""
 
+    def __post_init__(self) -> None:
+        if self.rounds == 1:
+            raise ValueError("rounds is 1, and the first is left out; give 0 or at least 2")
+
     @property
     def number_format(self) -> str:
         """The precision that is measured."""
@@ -220,7 +224,11 @@ def _serve(side: Literal["ours", "transformers"], config: BenchConfig, threads: 
     device = next(model.parameters()).device
     optimizer = optim.build_optimizer(model.parameters(), run.optim)
     told.send("ready")
-    for order in iter(told.recv, "end"):
+    while True:
+        try:
+            order = told.recv()
+        except EOFError:
+            return
         if order == "keep freed memory":
             told.send(heap.keep_freed())
             continue
@@ -284,11 +292,11 @@ def measure_peer(config: BenchConfig, rounds: int) -> dict[str, dict[str, float]
                         times.append(ask(name, precision))
                 for name, times in seconds.items():
                     rates.setdefault(name + suffix, {})[precision] = frames / statistics.median(times[1:])
-        for name in sides:
-            sides[name][1].send("end")
     finally:
+        for _, here in sides.values():
+            here.close()  # a side that waits for its next order ends by that
         for process, _ in sides.values():
-            process.join(10)
+            process.join(3)
             process.terminate()
     return rates
 

@@ -37,8 +37,8 @@ def stream_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this processor has instructions for products of bfloat16; elsewhere they are emulated, at a tenth of the
-    speed of float32."""
+    """Whether this is an x86 processor with instructions for products of bfloat16; elsewhere they are emulated, at a
+    tenth of the speed of float32 on some."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

@@ -52,7 +52,7 @@ class AssetsConfig:
     hours: float = 12.0
     music_seed: int = 1
     codec_steps: tuple[int, int] = (5400, 13000)
-    model_steps: int = 1400
+    model_steps: int = 2800
     embedded: bool = False
     shipped: str = "musicgen/assets"
     codec_configs: tuple[str, str] = ("configs/codec/demo.yaml", "configs/codec/demo-refine.yaml")

@@ -26,6 +26,7 @@ from musicgen.errors import UserError
 from musicgen.lm import MusicLM
 from training import state
 from training.data import Batch
+from training.launch import SIGNALS
 from training.module import MusicLMModule
 from training.record import Record
 from training.watch import Stopwatch, communication_seconds
@@ -291,7 +292,7 @@ class States(EachStep):
         )
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+            for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._ask)
 
     def _ask(self, number: int, _: Any) -> None:
@@ -338,7 +339,8 @@ class States(EachStep):
             work, votes = self._vote
             work.wait()
             leave = bool(votes.item())
-        votes = torch.tensor([int(bool(self.asked))])
+            self.asked = self.asked or int(votes.item())
+        votes = torch.tensor([self.asked])
         self._vote = (dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group(), async_op=True), votes)
         return leave
 

@@ -25,6 +25,7 @@ from musicgen.errors import UserError
 from pipelines.shard import ShardSet
 from training import controls, loss, plan
 from training.augment import AugmentConfig
+from training.launch import SIGNALS
 from training.sources import Sources
 
 
@@ -307,7 +308,7 @@ def _kill(workers: list[Any]) -> None:
 
 def _leave_signals(worker: int) -> None:
     """Slurm signals every process of a job; only the training itself acts on it, and still needs its workers then."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

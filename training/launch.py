@@ -7,6 +7,7 @@ two contradict each other the run stops in words. Without a launcher Lightning s
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from musicgen.errors import UserError
 from training.strategy import HardwareConfig
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a machine that is taken away; Slurm, some minutes before its limit
 EXIT_REQUEUE = 75  # asked to leave: the state is saved, run the same command again (EX_TEMPFAIL of sysexits.h)
 
 

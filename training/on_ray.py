@@ -33,20 +33,20 @@ os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a worker stands where th
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from musicgen import heap, settings
 from musicgen.errors import UserError
 from training import launch
-from training.launch import EXIT_REQUEUE
+from training.launch import EXIT_REQUEUE, SIGNALS
 
 if TYPE_CHECKING:
     from training.train import TrainConfig
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
 
 class _Words:
-    """What the workers' errors said, by the start (an id of its own each) in which they were said."""
+    """What passes between command and workers: their errors' words, by the start (an id of its own each) in which they
+    were said, and the signal that asks them to leave."""
 
     def __init__(self) -> None:
         self.said: dict[str, str] = {}
@@ -105,13 +105,17 @@ def fit(config: TrainConfig) -> Path:
 def _fit(config: TrainConfig, run: Path, use_gpu: bool) -> Path:
     from training.strategy import process_group_backend
 
-    words: Any = ray.remote(num_cpus=0)(_Words).remote()
+    # Beside the command: it has to outlive every machine of the workers.
+    beside: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    words: Any = ray.remote(num_cpus=0, scheduling_strategy=beside)(_Words).remote()
     # A start that finds no room gives up after a minute and is tried again. Ray's news of every second is noise; what
     # matters is said by the run, and by the last error. (Types know only the elder of Ray's two configurations.)
     again: Any = {"max_failures": config.ray.restarts, "controller_failure_limit": config.ray.wait_minutes}
     more: Any = {
         "failure_config": ray.train.FailureConfig(**again),
         "logging_config": ray.train.LoggingConfig(log_level="ERROR"),
+        # Ray trains in a thread; with one arena the setting of `heap.keep_freed` is the thread's too.
+        "worker_runtime_env": {"env_vars": {"MALLOC_ARENA_MAX": "1"}},
     }
     run.parent.mkdir(parents=True, exist_ok=True)
     trainer = TorchTrainer(
@@ -154,22 +158,35 @@ def _fit(config: TrainConfig, run: Path, use_gpu: bool) -> Path:
 
 @contextmanager
 def _passed_on(words: Any) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 go to the workers while inside. The handler only writes down the number, a thread sends it:
-    the main thread stands in a call of Ray's, which does not take a second one."""
+    """The first SIGTERM or SIGUSR1 inside goes to the workers; the next does what it did before, so that a command that
+    still waits for machines can be ended. The handler only writes down the number, a thread sends it: the main thread
+    stands in a call of Ray's, which does not take a second one."""
     asked: SimpleQueue[int] = SimpleQueue()
 
     def send() -> None:
         for number in iter(asked.get, 0):
             ray.get(words.ask.remote(number))
+            print(
+                f"{signal.Signals(number).name}: the workers save after their next steps and leave; once more ends "
+                "this command at once",
+                flush=True,
+            )
 
-    before = {number: signal.signal(number, lambda n, _: asked.put(n)) for number in SIGNALS}
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def pass_on(number: int, _: Any) -> None:
+        restore()
+        asked.put(number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
         asked.put(0)
         sender.join()
 

@@ -34,8 +34,8 @@ class HardwareConfig:
         accelerator: `auto` takes a GPU when there is one.
         devices: processes (and GPUs) per node.
         nodes: machines.
-        precision: `bf16` is autocast with float32 master weights; `auto` takes it on GPUs and on processors that
-            multiply bf16, and float32 elsewhere, where it is emulated at a fraction of the speed.
+        precision: `bf16` is autocast with float32 master weights; `auto` takes it on GPUs and on x86 processors
+            that multiply bf16, and float32 elsewhere, where it is emulated at a fraction of the speed.
         threads: CPU threads per process; 0 leaves torch's choice.
         strategy: `ddp` copies the model to every rank, `fsdp` shards it over all, `hybrid` over groups of ranks;
             `auto` takes what the plan says.

@@ -415,8 +415,7 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
         if states.left_at is not None:
             print(
                 f"left      after step {states.left_at} of {config.steps}, asked by "
-                f"{signal.Signals(states.asked).name if states.asked else 'another rank'}; the state is saved, run "
-                "the same command again to go on",
+                f"{signal.Signals(states.asked).name}; the state is saved, run the same command again to go on",
                 flush=True,
             )
             raise SystemExit(EXIT_REQUEUE)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from musicgen import packing
 from musicgen.conditions import Conditions
 from musicgen.config import ConditionConfig, LMConfig
 from musicgen.engine import Engine
@@ -100,6 +101,16 @@ def test_precisions(precision: Precision) -> None:
     error = float((logits - whole).norm() / whole.norm())
     assert logits.dtype == torch.float32 and error < LIMITS[precision][1]
     assert precision == "float32" or error > 1e-5, "the setting acts"
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_bf16_is_packed_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch, multiplies: bool) -> None:
+    monkeypatch.setattr(packing, "cpu_multiplies_bf16", lambda: multiplies)
+    packed: list[torch.dtype] = []
+    monkeypatch.setattr(packing, "_onednn", lambda weight: packed.append(weight.dtype))
+    pack(torch.randn(8, 8), "bf16")
+    pack(torch.randn(8, 8), "float32")
+    assert packed == [torch.bfloat16, torch.float32][not multiplies :]
 
 
 def test_int8_of_a_gpu_is_the_product() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -171,34 +172,30 @@ def test_trains_resumes_and_exports(cache: Path, tmp_path: Path) -> None:
 def test_the_release_is_the_best_since_the_discriminator_listens(cache: Path, tmp_path: Path) -> None:
     """What was better by figures that know no texture is replaced, and a worse one of the same phase is not taken."""
     run = tmp_path / "run"
-    argv = [
-        "--data",
-        str(cache),
-        *SMALL,
-        *SMALL_CRITIC,
-        "--run",
-        str(run),
-        "--validate_every",
-        "4",
-        "--warmup_steps",
-        "2",
-    ]
-    argv += ["--adversarial_start", "4"]
+    argv = ["--data", str(cache), *SMALL, *SMALL_CRITIC, "--run", str(run), "--validate_every", "2"]
+    argv += ["--warmup_steps", "2", "--adversarial_start", "4"]
 
     def released(steps: int) -> int:
         assert train.main([*argv, "--steps", str(steps)]) == 0
         return int(json.loads((run / "release" / "training.json").read_text())["step"])
 
-    def pretend(score: float) -> None:
+    def pretend(score: float, *more: dict[str, float]) -> None:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         lines[-1]["valid/score"] = score
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, *more]))
 
     assert released(4) == 4
     pretend(-99.0)
+    assert released(6) == 4, "the last update still had less than the discriminator's whole weight"
     assert released(8) == 8
     pretend(-99.0)
-    assert released(12) == 8
+    assert released(10) == 8
+    lines = (run / "metrics.jsonl").read_text().replace("-99.0", "99.0")
+    (run / "metrics.jsonl").write_text(lines)
+    pretend(99.0, {"step": 11, "valid/score": -99.0})  # of after the state, as a kill leaves it: it does not count
+    assert released(12) == 12
+    pretend(math.nan)
+    assert released(14) == 14, "what is no number is no rival"
 
 
 def test_starts_from_another_run(cache: Path, tmp_path: Path) -> None:

@@ -100,11 +100,10 @@ def test_settings_of_ray_are_checked() -> None:
 @pytest.mark.slow
 def test_an_error_for_the_user_is_told_once_and_not_tried_for_ever(tmp_path: Path) -> None:
     data = tiny_run.dataset(tmp_path / "data")
-    command = [sys.executable, "-m", "training.train", *tiny_run.ARGS, "--data", str(data), *ON_RAY]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "letter.txt").write_text("of something else")
-    command += ["--run", str(tmp_path / "run"), "--ray.restarts", "50"]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=500)
+    words = command(data, tmp_path / "run", "--ray.restarts", "50")
+    done = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=500)
     assert done.returncode == 2, done.stdout + done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and "is not a run of this program" in told[0]

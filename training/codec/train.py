@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -244,17 +245,18 @@ class Watch(_callback_base()):  # type: ignore[misc]
         journal.log(step, result)
         self.bar.console.print(f"step {step}: " + ", ".join(f"{k[6:]} {v:.3f}" for k, v in result.items()))
         journal.clips(step, self._clips(module, step, heard))
-        rivals = [score for other, score in self.scores.items() if self._judged(other) == self._judged(step)]
-        self.scores[step] = result["valid/score"]
-        if all(result["valid/score"] < rival for rival in rivals):
+        score = result["valid/score"]
+        phase = [s for other, s in self.scores.items() if self._judged(other) == self._judged(step)]
+        self.scores[step] = score
+        if math.isfinite(score) and score < min(filter(math.isfinite, phase), default=math.inf):
             codecs.save(module.averaged_network(), self.run / "release")
             about = {"step": step, **result, "config": dataclasses.asdict(self.config)}
             (self.run / "release" / "training.json").write_text(json.dumps(about, indent=2) + "\n")
 
     def _judged(self, step: int) -> bool:
-        """Whether the discriminator's losses have their whole weight."""
+        """Whether the last update before completed step `step` had the discriminator's losses at their whole weight."""
         begin = self.config.adversarial_begin
-        return begin is not None and step >= begin + self.config.adversarial_ramp
+        return begin is not None and step > begin + self.config.adversarial_ramp
 
     def _clips(self, module: Any, step: int, heard: list[np.ndarray]) -> list[tuple[Path, str]]:
         """Reconstructions in samples/, and once what they are reconstructions of: files and their captions."""
