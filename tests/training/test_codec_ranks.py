@@ -81,4 +81,7 @@ def test_two_ranks_train_as_one(tmp_path: Path) -> None:
     )
     for level in range(4):
         name = f"network.quantizer.layers.{level}.codebook.embed_avg"
-        assert (one[name] - two[name]).norm() < 0.02 * one[name].norm()
+        # An entry as near as another changes hands with the last bit, on finer levels more often. Without the sum over
+        # the ranks it is 0.012 on the first level and 0.056 to 0.088 on the others.
+        limit = 0.005 if level == 0 else 0.04
+        assert (one[name] - two[name]).norm() < limit * one[name].norm()
