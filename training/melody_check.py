@@ -1,7 +1,7 @@
 """How well does a melody model follow its guide, and does augmentation help where the guide is worse?
 
     python -m pipelines.ingest --catalog data/assets/music/catalog.jsonl --out data/melody --chroma_variants 3
-    python -m training.melody_check --data data/melody --runs runs/melody --steps 300
+    python -m training.melody_check --data data/melody --runs runs/melody
 
 Two models of the same start, steps and crops are trained by `training.train`, one on melodies as they are, one with
 `batch.augment`. Both then make clips after held-out tracks: with the track's own chroma, and with that of its sound
@@ -59,9 +59,9 @@ class MelodyCheckConfig:
     init: str = "demo"
     data: str = "data/melody"
     runs: str = "runs/melody"
-    steps: int = 300
+    steps: int = 2500
     arguments: tuple[str, ...] = ()
-    clips: int = 24
+    clips: int = 64
     crop_seconds: float = 5.0
     duration: float = 5.0
     seed: int = 0
