@@ -8,7 +8,7 @@ import sys
 import pytest
 
 SCRIPT = """
-import resource, sys, threading
+import resource, statistics, sys, threading
 import torch
 from musicgen import heap
 if sys.argv[1] == "keep":
@@ -16,12 +16,12 @@ if sys.argv[1] == "keep":
 def work():
     blocks = [torch.ones(n * 2**20) for n in (3, 12, 40)]
 def count():
-    for _ in range(8):  # until every size has found its place
+    faults = []
+    for _ in range(17):  # the first half, until every size has found its place
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         work()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
-        work()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    print(statistics.median(faults[8:]))
 if sys.argv[2] == "thread":
     other = threading.Thread(target=count)
     other.start()
@@ -32,6 +32,7 @@ else:
 
 
 def _faults(mode: str, where: str) -> int:
+    """Page faults of one round, the median of nine."""
     env = {**os.environ, **({"MALLOC_ARENA_MAX": "1"} if where == "thread" else {})}
     words = [sys.executable, "-c", SCRIPT, mode, where]
     return int(subprocess.run(words, check=True, capture_output=True, text=True, env=env).stdout)
