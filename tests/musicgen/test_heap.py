@@ -14,7 +14,7 @@ from musicgen import heap
 if sys.argv[1] == "keep":
     assert heap.keep_freed()
 def work():
-    blocks = [torch.ones(n * 2**20) for n in (3, 12, 40)]
+    blocks = [torch.ones(n * 2**20) for n in (40, 12, 3)]
 def count():
     faults = []
     for _ in range(17):  # the first half, until every size has found its place
