@@ -54,7 +54,7 @@ ingest: setup ## CATALOG=… OUT=…: licensed catalogue to shards (safe to run 
 	$(BIN)/python -m pipelines.ingest --catalog "$(or $(CATALOG),musicgen/assets/catalogue/catalog.jsonl)" --out "$(or $(OUT),data/demo)" $(ARGS)
 
 plan: setup ## SIZE=3.3b GPUS=64 GPU=h100-80: memory, strategy, time of a training, before anything is bought
-	$(BIN)/python -m training.budget --size "$(SIZE)" $(if $(GPUS),--gpus "$(GPUS)") $(if $(GPU),--gpu "$(GPU)") $(ARGS)
+	$(BIN)/python -m training.forecast --size "$(SIZE)" $(if $(GPUS),--gpus "$(GPUS)") $(if $(GPU),--gpu "$(GPU)") $(ARGS)
 
 train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=… [GPUS=8 INIT=model LORA=16 RAY=auto]: train, fine-tune, or resume the same RUN
 	$(BIN)/python -m training.train --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/$(SIZE))" $(if $(GPUS),--hardware.devices "$(GPUS)") $(if $(INIT),--init "$(INIT)") $(if $(LORA),--lora.rank "$(LORA)") $(if $(RAY),--ray.address "$(RAY)") $(ARGS)

@@ -33,7 +33,8 @@ def sinusoid(positions: Tensor, dim: int, max_period: float = 10_000.0) -> Tenso
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of `[B, H, S, D/H]`: causal without a mask, else to where `mask` `[B, 1, 1 or S, L]` is true.
+    """Attention of `[B, H, S, D/H]`: causal without a mask, else to where `mask` `[B, 1, 1 or S, L]` is true, or with a
+    mask of numbers added to the scores.
 
     Training on a CPU in bfloat16 writes it out: the fused kernel's backward pass takes two to three times as long
     there. Everywhere else torch's fused attention.
@@ -43,7 +44,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     if mask is None:
         hidden = torch.full((q.shape[2], k.shape[2]), float("-inf"), dtype=q.dtype).triu(1)
     else:
-        hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+        hidden = additive(mask, q.dtype) if mask.dtype == torch.bool else mask
     bias = hidden.expand(*q.shape[:2], q.shape[2], k.shape[2]).flatten(0, 1) if mask is not None else hidden
     scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=1 / math.sqrt(q.shape[3]))
     return (scores.softmax(dim=-1) @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
@@ -205,7 +206,10 @@ class Transformer(nn.Module):
         else:
             whole = torch.cat([visible, visible.new_ones(x.shape[0], columns)], dim=1)
             positions = positions_of(whole)
-            mask = causal_mask(whole, 0, x.shape[1])
+            # As numbers once for all blocks: of a truth value each would make and keep a mask of its own.
+            kind = x.device.type
+            low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            mask = additive(causal_mask(whole, 0, x.shape[1]), low)
         x = x + sinusoid(positions, x.shape[2]).to(x.dtype)
         for block in self.layers:
             x = block(x, text, text_mask, mask, style)
@@ -226,6 +230,11 @@ def causal_mask(visible: Tensor, entry: int, columns: int) -> Tensor:
     rows = torch.arange(entry, entry + columns, device=visible.device)[:, None]
     places = torch.arange(entry + columns, device=visible.device)[None]
     return ((places < rows) & visible[:, None] | (places == rows))[:, None]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as numbers to add to scores: 0 where it is true, minus infinity elsewhere."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
 
 
 def gaussian_(weight: Tensor, fan_in: int, depth: int | None = None) -> None:

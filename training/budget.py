@@ -1,9 +1,8 @@
-"""The plan of a run before it starts: FLOP, memory by part, strategy, micro-batch, time, and what would not fit.
+"""The plan of a run before it starts: FLOP, memory by part, strategy and micro-batch.
 
-    make plan SIZE=3.3b GPUS=64 GPU=h100-80        (python -m training.budget --size 3.3b --gpus 64 --gpu h100-80)
-
-Closed formulas over the model's shape; nothing is built and nothing is downloaded. A training run prints the same lines
-for the hardware it finds and takes strategy, checkpointing and micro-batch from them where the settings say `auto`.
+Closed formulas over the model's shape; nothing is built and nothing is downloaded. A training run takes strategy,
+checkpointing and micro-batch from them where the settings say `auto`; `training.forecast` puts them into words, and
+`training.rehearsal` counts the bytes of a step that is really made.
 
 Model FLOP are counted by one rule, `FLOP_RULE`, printed beside every share of the peak (MFU): the widespread
 6N + 12LdT charges full instead of causal attention and comes out about a fifth higher for the same work.
@@ -12,13 +11,14 @@ Model FLOP are counted by one rule, `FLOP_RULE`, printed beside every share of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from musicgen import patterns
-from musicgen.config import SIZES, LMConfig
+from musicgen.config import LMConfig
 from musicgen.errors import UserError
-from training.devices import DEVICES, GIB, Device, device_named, rate_of
+from training import loss
+from training.devices import GIB, Device
 
 FLOP_RULE = "3 x forward; matrix products of layers and heads, causal half of attention, no recompute, no text encoder"
 TEXT_TOKENS = 32  # of a caption, where none is at hand to count
@@ -194,24 +194,31 @@ def memory_by_part(
 ) -> dict[str, float]:
     """Bytes on one rank by part; see `layer_activations` for the activations.
 
-    Gradients live beside all activations only where they outlast a pass (accumulation, buckets of several ranks); on
-    one rank alone they grow while the activations shrink, so the larger of the two counts.
+    Gradients live beside all activations only where they outlast a pass (accumulation, the buckets of DDP); elsewhere
+    they grow while activations and autocast's copies go, so the larger of the two counts. `training.rehearsal` counts a
+    step that is really made.
     """
     lm, low = task.lm, 2 if task.bf16 else 4
     n, moving = lm.num_parameters(), task.trained
     layers = n - 2 * lm.num_codebooks * lm.codebook_size * lm.dim
     block, s = layers / lm.num_layers, positions(lm, task.frames)
-    layer = layer_activations(lm, task.frames, bf16=task.bf16, cpu=device.is_cpu, checkpointing="none")
+    layer = micro * layer_activations(lm, task.frames, bf16=task.bf16, cpu=device.is_cpu, checkpointing="none")
     kept = layer_activations(lm, task.frames, bf16=task.bf16, cpu=device.is_cpu, checkpointing=checkpointing)
-    activations = micro * (lm.num_layers * kept + (layer if checkpointing != "none" else 0.0))
-    gradients = 4.0 * moving / shards
-    if ranks == 1 and accumulate == 1:
-        gradients = max(gradients - activations, 0.0)
-    if shards > 1:  # the block at work and the next one gathered, the gradient of one on its way; the root stays whole
-        copies = 2 * low * block + 2 * 4 * block + 2 * 4.0 * (n - layers)
+    kept *= micro * lm.num_layers
+    if not lm.cross_attention:  # the text in the prefix asks for a mask, one for all layers
+        kept += micro * low * (s + prefix(lm)) ** 2
+    heads = lm.num_codebooks * (micro * s * lm.dim * (low + 4) + 4.0 * lm.codebook_size * lm.dim)
+    heads += 4 * 4.0 * loss.CHUNK_ROWS * lm.codebook_size
+    # The loss is there before the first layer is made again.
+    activations = kept + (max(layer - heads, 0.0) if checkpointing != "none" else 0.0)
+    if shards > 1:  # two blocks gathered and one arriving, the gradient of one on its way; the root stays whole
+        copies = 3 * low * block + 4 * block + 4.0 * (n - layers)
     else:
         copies = low * layers if task.bf16 else 0.0
-    heads = lm.num_codebooks * (micro * s * lm.dim * (low + 4) + 4.0 * lm.codebook_size * lm.dim)
+    gradients = 4.0 * moving / shards
+    if (ranks == 1 or shards > 1) and accumulate == 1:
+        released = activations + heads - layer + (copies if shards == 1 else 0.0)
+        gradients = max(gradients - released, 0.0)
     return {
         "weights": 4.0 * (n + task.adapter) / shards,
         "copies at work": copies,
@@ -331,159 +338,3 @@ def _layouts(
     if nodes > 1 and 1 < group < ranks and ranks % group == 0:
         return [all_of["ddp"], all_of["fsdp"], all_of["hybrid"]]
     return [all_of["ddp"], all_of["fsdp"]]
-
-
-def what_fits(plan: Plan) -> str:
-    """What to change where a plan does not fit: more GPUs of the kind, other GPUs, smaller sizes."""
-    task, device = plan.task, plan.device
-    hints: list[str] = []
-    if not device.is_cpu:
-        for ranks in (2, 4, 8, 16, 32, 64, 96, 128, 192):
-            nodes = -(-ranks // device.per_node)
-            possible = ranks > plan.ranks and task.batch % ranks == 0 and ranks % nodes == 0
-            if possible and choose(task, device, ranks, nodes=nodes).fits:
-                hints.append(f"{ranks} GPUs of this kind")
-                break
-        others = [
-            d.name
-            for d in DEVICES.values()
-            if d.memory > device.memory and choose(task, d, plan.ranks, nodes=plan.nodes).fits
-        ]
-        hints += [f"GPU={others[-1]}"] if others else []
-    smaller = [
-        name
-        for name, shape in SIZES.items()
-        if shape.num_parameters() < task.lm.num_parameters()
-        and choose(replace(task, lm=shape), device, plan.ranks, nodes=plan.nodes).fits
-    ]
-    hints += [f"SIZE={smaller[-1]}"] if smaller else []
-    if task.frames > 150 and choose(replace(task, frames=task.frames // 4), device, plan.ranks, nodes=plan.nodes).fits:
-        hints.append("shorter crops (--batch.crop_seconds)")
-    return "; ".join(hints) if hints else "nothing of the above: use GPUs with more memory"
-
-
-def _size(number: float) -> str:
-    return f"{number / GIB:.2f}" if number < 10 * GIB else f"{number / GIB:.1f}"
-
-
-def lines(plan: Plan, *, name: str, rate: float | None, rate_said: str) -> list[str]:
-    """The plan as text.
-
-    Args:
-        name: the size's name.
-        rate: model FLOP per second and rank that the time is reckoned with; None leaves the time out.
-        rate_said: where that rate comes from.
-    """
-    task, lm, device = plan.task, plan.task.lm, plan.device
-    unit = "process" if device.is_cpu else "GPU"
-    where = f"{plan.ranks} x {device.name}" + (f" on {plan.nodes} nodes" if plan.nodes > 1 else "")
-    per_clip, common = task.clip_flop, common_flop(lm, task.frames)
-    out = [
-        f"model     {name}: {lm.num_parameters():,} parameters ({lm.num_layers} layers, width {lm.dim}, "
-        f"{lm.num_heads} heads), text encoder {lm.condition.text_encoder}",
-        *(
-            [
-                f"adapter   {task.adapter:,} parameters are trained ({task.adapter / lm.num_parameters():.2%}); no "
-                "gradients of the others: 2/3 of the FLOP"
-            ]
-            if task.adapter
-            else []
-        ),
-        f"step      {task.batch} x {task.crop_seconds:g} s = {task.batch * task.crop_seconds:,.0f} s of audio, "
-        f"{plan.step_flop:.3g} FLOP ({FLOP_RULE}; by (6N + 12LdT) T {common / per_clip:.2f} times that)",
-        f"hardware  {where}, {'bf16 with float32 master weights' if task.bf16 else 'float32'}, "
-        f"{device.memory / GIB:.1f} GiB per {unit}",
-        f"strategy  {plan.strategy}" + (f" over {plan.shards} ranks" if plan.shards > 1 else "") + f": {plan.why}",
-        f"batch     {plan.micro} clips per pass x {plan.accumulate} passes x {plan.ranks} ranks, "
-        f"activation checkpointing {plan.checkpointing}",
-        f"memory    {_size(plan.needed)} GiB per {unit} of {device.memory / GIB:.1f} (up to {USABLE:.0%} is used): "
-        + ", ".join(f"{part} {_size(value)}" for part, value in plan.memory.items() if value >= 0.005 * GIB),
-    ]
-    if lm.condition.text_encoder not in ENCODERS:
-        out.append(f"          without the text encoder {lm.condition.text_encoder!r}, whose size is not known")
-    if rate:
-        compute, talk = plan.compute_seconds(rate), plan.communication_seconds()
-        # Traffic is hidden behind computing as long as there is enough of it.
-        step = max(compute, talk)
-        days = task.steps * step / 86400
-        out.append(
-            f"time      {step:.3g} s per step at {rate_said} (computing {compute:.3g} s"
-            + (f", traffic {talk:.3g} s, hidden behind it" if 0 < talk <= compute else "")
-            + (f", traffic {talk:.3g} s, which is the longer" if talk > compute else "")
-            + f"); {task.steps:,} steps take "
-            + (
-                f"{days:,.1f} days, {days * plan.ranks:,.0f} {unit}-days"
-                if days > 2
-                else f"{24 * 60 * days:,.1f} minutes"
-            )
-        )
-    if not plan.fits:
-        out.append(
-            f"no room   the smallest layout needs {_size(plan.needed)} GiB per {unit}, "
-            f"{_size(USABLE * device.memory)} can be used. What fits: {what_fits(plan)}"
-        )
-    return out
-
-
-@dataclass(frozen=True)
-class PlanConfig:
-    """Print the plan of a training run on hardware that need not be here.
-
-    Args:
-        gpus: GPUs in all.
-        gpu: kind of GPU, see `DEVICES`.
-        per_node: GPUs per machine; 0 takes what is usual for the kind.
-        mfu: share of the peak that the time is reckoned with.
-    """
-
-    gpus: int = 1
-    gpu: str = "h100-80"
-    per_node: int = 0
-    mfu: float = 0.4
-
-
-def main(argv: Sequence[str]) -> int:
-    """Print a plan: `PlanConfig`, and all settings of training. Ends with exit code 2 where it cannot fit."""
-    from musicgen import settings
-    from training import train
-
-    own: list[str] = []
-    rest: list[str] = []
-    tokens = list(argv)
-    while tokens:
-        token = tokens.pop(0)
-        if token.removeprefix("--").split("=", 1)[0] in ("gpus", "gpu", "per_node", "mfu"):
-            own += [token] if "=" in token else [token, *tokens[:1]]
-            tokens = tokens if "=" in token else tokens[1:]
-        else:
-            rest.append(token)
-    wanted = settings.parse(PlanConfig, own, prog="python -m training.budget")
-    if wanted.gpus < 1 or wanted.per_node < 0 or not 0 < wanted.mfu <= 1:
-        raise UserError(
-            f"GPUS={wanted.gpus}, per_node {wanted.per_node}, mfu {wanted.mfu}: "
-            "GPUS must be at least 1, per_node at least 0, mfu above 0 and at most 1"
-        )
-    device = device_named(wanted.gpu)
-    config = train.read_config(rest, folders=False)
-    per_node = min(wanted.per_node or device.per_node, wanted.gpus)
-    if wanted.gpus % per_node:
-        raise UserError(f"GPUS={wanted.gpus} is not a multiple of the {per_node} of a node; give --per_node")
-    plan = choose(
-        replace(train.task_of(config), bf16=config.hardware.precision != "float32"),  # for GPUs, wherever it is printed
-        device,
-        wanted.gpus,
-        nodes=wanted.gpus // per_node,
-        **train.layout_settings(config),
-        mfu=wanted.mfu,
-    )
-    rate, said = rate_of(device, bf16=True, mfu=wanted.mfu)
-    print("\n".join(lines(plan, name=config.size, rate=rate, rate_said=said)))
-    if not plan.fits:
-        raise UserError(f"SIZE={config.size} does not fit {wanted.gpus} x {device.name}; see the plan above")
-    return 0
-
-
-if __name__ == "__main__":
-    from musicgen import settings as _settings
-
-    _settings.run(main)

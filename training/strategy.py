@@ -203,16 +203,21 @@ def prepare(lm: nn.Module, config: HardwareConfig, plan: Plan, device: torch.dev
     """
     blocks: list[Any] = list(lm.transformer.layers)  # type: ignore[union-attr, arg-type]
     for block in blocks:
-        # Set on the instance: a wrapping module would change the names of parameters and the step-wise path.
-        if plan.checkpointing != "none":
-            selective = plan.checkpointing == "selective"
-            draws = block.dropout > 0 or any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
-            kept = _kept_ops() if selective else None
-            block.forward = functools.partial(_checkpointed, block.forward, kept, draws)
+        recompute(block, plan)
         if config.compiles:
             block.forward = torch.compile(block.forward, dynamic=False)
     if plan.shards > 1:
         _shard(lm, blocks, config, plan, device)
+
+
+def recompute(block: Any, plan: Plan) -> None:
+    """Let a block make again in its backward pass what the plan does not keep."""
+    if plan.checkpointing == "none":
+        return
+    draws = block.dropout > 0 or any(isinstance(m, nn.Dropout) and m.p > 0 for m in block.modules())
+    kept = _kept_ops() if plan.checkpointing == "selective" else None
+    # Set on the instance: a wrapping module would change the names of parameters and the step-wise path.
+    block.forward = functools.partial(_checkpointed, block.forward, kept, draws)
 
 
 def _checkpointed(forward: Any, kept: list[Any] | None, draws: bool, *inputs: Any) -> Any:
@@ -240,17 +245,33 @@ def _kept_ops() -> list[Any]:
 
 
 def _shard(lm: Any, blocks: list[Any], config: HardwareConfig, plan: Plan, device: torch.device) -> None:
-    """FSDP2: each block on its own, embeddings, heads and norms with the root."""
+    """Shard, and give every rank its part of rank 0's weights."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    copies = plan.ranks // plan.shards
-    names = ("copies", "shards") if copies > 1 else ("shards",)
-    mesh = init_device_mesh(device.type, (copies, plan.shards) if copies > 1 else (plan.shards,), mesh_dim_names=names)
     whole = {name: p.detach() for name, p in lm.named_parameters()} if not _is_meta(lm) else {}
     # On a CPU norms take no bf16 weights beside a float32 stream; autocast does the rest, and nothing is sent far.
     low = torch.bfloat16 if config.number_format == "bf16" and device.type != "cpu" else torch.float32
+    shard_blocks(lm, blocks, mesh_of(plan, device.type), low)
+    if _is_meta(lm):
+        lm.to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(lm, whole, options=options)
+
+
+def mesh_of(plan: Plan, device_type: str) -> Any:
+    """The ranks of a plan that shards: those that share a copy, and under hybrid sharding the copies beside them."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    copies = plan.ranks // plan.shards
+    if copies > 1:
+        return init_device_mesh(device_type, (copies, plan.shards), mesh_dim_names=("copies", "shards"))
+    return init_device_mesh(device_type, (plan.shards,), mesh_dim_names=("shards",))
+
+
+def shard_blocks(lm: Any, blocks: list[Any], mesh: Any, low: torch.dtype) -> None:
+    """FSDP2: each block on its own, its weights gathered in `low`; embeddings, heads and norms with the root."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     # Blocks travel in bf16 and their gradients in float32; the residual stream between them keeps its type. The root's
     # one per cent stays float32, as autocast leaves embeddings.
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -258,10 +279,6 @@ def _shard(lm: Any, blocks: list[Any], config: HardwareConfig, plan: Plan, devic
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(lm, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     register_fsdp_forward_method(lm, "hidden")
-    if _is_meta(lm):
-        lm.to_empty(device=device)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(lm, whole, options=options)
 
 
 def _is_meta(lm: nn.Module) -> bool:
@@ -282,6 +299,13 @@ def forget_gathered(lm: nn.Module) -> None:
     for module in lm.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def local(value: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor that may be spread over ranks."""
+    from torch.distributed.tensor import DTensor
+
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def number(value: Any) -> torch.Tensor:

@@ -24,7 +24,7 @@ from musicgen import settings
 from musicgen.adapters import AdapterConfig, num_parameters
 from musicgen.config import SIZES, LMConfig, size
 from musicgen.errors import UserError
-from training import budget, devices, finetune, launch, products, words
+from training import budget, devices, finetune, forecast, launch, products, words
 from training import folder as folder_of
 from training.callbacks import LogConfig
 from training.data import BatchConfig
@@ -226,7 +226,7 @@ def lay_out(config: TrainConfig, shards: Sources, before: Progress | None, *, sp
     if not plan.fits:
         raise UserError(
             f"SIZE={config.size} does not fit {hardware.world} x {device.name} with {device.memory / 2**30:.1f} GiB; "
-            f"see the plan above. What fits: {budget.what_fits(plan)}"
+            f"see the plan above. What fits: {forecast.what_fits(plan)}"
         )
     return plan
 
@@ -234,7 +234,7 @@ def lay_out(config: TrainConfig, shards: Sources, before: Progress | None, *, sp
 def plan_lines(config: TrainConfig, plan: budget.Plan) -> list[str]:
     """The plan as text, with the time it should take here."""
     rate, said = devices.rate_of(plan.device, bf16=plan.task.bf16, mfu=0.6 if plan.device.is_cpu else 0.4)
-    return budget.lines(plan, name=config.size, rate=rate, rate_said=said)
+    return forecast.lines(plan, name=config.size, rate=rate, rate_said=said)
 
 
 def _load_encoder(config: TrainConfig) -> TextEncoder:

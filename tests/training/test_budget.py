@@ -11,7 +11,7 @@ from musicgen import transformer
 from musicgen.config import LMConfig, size
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
-from training import budget
+from training import budget, forecast
 from training.budget import Task, choose
 from training.devices import DEVICES
 
@@ -134,12 +134,12 @@ def test_recomputing_only_where_nothing_else_helps() -> None:
 def test_time_and_days() -> None:
     plan = choose(task("300m"), DEVICES["h200"], 1)
     assert plan.compute_seconds(0.4 * 989e12) == pytest.approx(1.75, rel=0.01)  # 192 clips at 40 % of the peak
-    text = "\n".join(budget.lines(plan, name="300m", rate=0.4 * 989e12, rate_said="an MFU of 40%"))
+    text = "\n".join(forecast.lines(plan, name="300m", rate=0.4 * 989e12, rate_said="an MFU of 40%"))
     assert "1,000,000 steps take 20.3 days" in text and budget.FLOP_RULE in text
 
 
 def test_make_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    assert budget.main(["--size", "3.3b", "--gpus", "64", "--gpu", "h100-80"]) == 0
+    assert forecast.main(["--size", "3.3b", "--gpus", "64", "--gpu", "h100-80"]) == 0
     out = capsys.readouterr().out
     for words in ("3,256,956,928 parameters", "64 x h100-80 on 8 nodes", "strategy  hybrid over 8 ranks", "GPU-days"):
         assert words in out
@@ -147,7 +147,7 @@ def test_make_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert parts is not None
     assert sum(float(n) for n in re.findall(r" ([\d.]+)(?:,|$)", parts[2])) == pytest.approx(float(parts[1]), rel=0.01)
     with pytest.raises(UserError, match="does not fit 1 x rtx4090"):
-        budget.main(["--size", "3.3b", "--gpus", "1", "--gpu", "rtx4090"])
+        forecast.main(["--size", "3.3b", "--gpus", "1", "--gpu", "rtx4090"])
     out = capsys.readouterr().out
     assert "no room" in out and "SIZE=300m" in out and "GPUs of this kind" in out
 
@@ -168,4 +168,4 @@ def test_make_plan(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_what_is_refused(argv: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        budget.main(argv)
+        forecast.main(argv)

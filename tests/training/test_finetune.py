@@ -19,7 +19,7 @@ from tests.training import tiny_run
 from tests.training.synthetic import STYLES, write_dataset
 from tests.training.test_train import SMALL, same, tensors
 from tests.training.test_train import metrics as rows
-from training import budget, devices, finetune, finetune_check, rerecord, selection, sources, train
+from training import budget, devices, finetune, finetune_check, forecast, rerecord, selection, sources, train
 from training.selection import Selection
 
 LORA = shlex.split(
@@ -136,7 +136,7 @@ def test_the_plan_counts_what_is_trained() -> None:
     assert adapter.adapter == adapters.num_parameters(adapter.lm, 16) < 0.02 * whole.trained
     assert chosen.fits and not budget.choose(whole, device, 1).fits  # on one consumer GPU
     assert chosen.memory["optimiser"] == 8 * adapter.adapter and chosen.memory["weights"] > 4 * whole.trained
-    assert "adapter " in "\n".join(budget.lines(chosen, name="3.3b", rate=None, rate_said=""))
+    assert "adapter " in "\n".join(forecast.lines(chosen, name="3.3b", rate=None, rate_said=""))
 
 
 def test_fine_tuning_has_defaults_of_its_own() -> None:
