@@ -9,10 +9,13 @@ import torch
 
 from musicgen import codec as codecs
 from musicgen import generate, listen, memory, sampler
+from musicgen.conditions import Conditions
 from musicgen.config import LMConfig
 from musicgen.engine import Engine
 from musicgen.errors import UserError
+from musicgen.lm import MusicLM
 from musicgen.metrics.audio import spectral_flatness
+from musicgen.packing import Precision
 from musicgen.sampling import SamplingConfig
 from musicgen.stream_decoder import StreamDecoder, decode_long
 from musicgen.windows import Windows
@@ -87,6 +90,24 @@ def test_the_way_of_the_gpu_says_the_same(model: generate.MusicGen, monkeypatch:
         return window.codes(0, 20)
 
     assert torch.equal(made(True), made(False))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float16", "int8"])
+def test_the_way_of_the_gpu_never_asks_the_host(precision: Precision) -> None:
+    """On tensors that have a device and no values: whoever reads one, or brings one of the CPU's, is caught."""
+    shape = (2, 8, LMConfig().condition.text_dim)
+    with torch.device("meta"):
+        lm = MusicLM(LMConfig(dim=128, num_layers=2, num_heads=2))
+        prompted = Conditions(torch.zeros(shape), torch.ones(shape[:2], dtype=torch.bool))
+        window = sampler.Sampler(
+            Engine(lm, precision), [prompted, prompted.without_text(lm)], [1, 2], SamplingConfig(), 20,
+            frame_rate=50, sample_rate_hz=32_000, scales=torch.full((1, 20), 3.0),
+        )  # fmt: skip
+    window.cache.position, window.offset, window.first_drawn = 1, 0, 1  # as after `begin`, which may ask
+    for column in (1, 2):
+        window._noise(column)
+        window.advance_in_spans()
+    assert window.columns.is_meta and window.cache.position == 3
 
 
 def test_memory_does_not_grow_with_the_clip(model: generate.MusicGen, monkeypatch: pytest.MonkeyPatch) -> None:
