@@ -96,7 +96,7 @@ class Encoder:
         self.reflect = model.config.pad_mode == "reflect"
         layers: list[Any] = list(model.encoder.layers)
         weight = layers[0].conv.weight
-        self.on_cpu = weight.device.type == "cpu"
+        self.on_cpu = _on_cpu(weight)
         self.layout = torch.channels_last if self.on_cpu else torch.contiguous_format
         lstm = next(i for i, layer in enumerate(layers) if hasattr(layer, "lstm"))
         self.stages: list[Stage] = []
@@ -285,6 +285,10 @@ def _downsample(halves: tuple[Tensor, Tensor, Tensor], bias: Tensor, x: Tensor, 
     torch.addmm(common, rows[0:-2:2] - middle, first, out=out[:, 0])
     torch.addmm(common, rows[2::2] - middle, second, out=out[:, 1])
     return out.flatten(0, 1).t()[None, :, None]
+
+
+def _on_cpu(weight: Tensor) -> bool:
+    return weight.device.type == "cpu"
 
 
 def _exact(device: torch.device) -> AbstractContextManager[Any]:

@@ -44,6 +44,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_way_of_the_gpu_is_that_network_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block, plain convolutions, all rows at once: run here on a CPU."""
+    model = network(**VARIANTS[name])
+    audio = music(2, model.config.audio_channels, 40_123)
+    with torch.no_grad():
+        expected = model.quantizer.encode(model.encoder(audio), None).transpose(0, 1)
+    monkeypatch.setattr(seanet, "_on_cpu", lambda weight: False)
+    codec = codecs.Codec(model, name)
+    assert codec.encoder is not None and not codec.encoder.on_cpu
+    assert float((codec.encode(audio) == expected).float().mean()) > 0.999
+
+
+def test_the_way_of_the_gpu_never_asks_the_host() -> None:
+    """On tensors that have a device and no values: whoever reads one, or brings one of the CPU's, is caught."""
+    encoder = codecs.Codec(network(), "small").to("meta").encoder
+    assert encoder is not None
+    with torch.no_grad():
+        codes = encoder.quantise(encoder.latents(music(2, 1, 40_123).to("meta")))
+    assert codes.is_meta and codes.shape == (2, 4, 63)
+
+
 @pytest.mark.parametrize("wide", [1, 64])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_is_the_network_of_transformers(name: str, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
