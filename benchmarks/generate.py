@@ -25,8 +25,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks.models import TEXT_TOKENS, random_model
 from musicgen import codec as codecs
-from musicgen import config, generate, listen, patterns, settings
+from musicgen import generate, listen, patterns, settings
 from musicgen.conditions import Conditions, stack
 from musicgen.engine import Engine
 from musicgen.lm import MusicLM
@@ -36,7 +37,6 @@ from musicgen.sampling import SamplingConfig
 from musicgen.stream_decoder import decode_long
 from musicgen.windows import Windows, stream_codes
 
-TEXT_TOKENS = 32
 CATALOGUE = Path(__file__).parent.parent / "musicgen" / "assets" / "catalogue"
 
 
@@ -59,16 +59,6 @@ class BenchConfig:
     quality_clips: int = 6
     threads: int = 0
     json: str = ""
-
-
-def random_model(size: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> MusicLM:
-    """A model of a size with random weights, quickly: the values do not change the speed."""
-    with torch.device("meta"):
-        lm = MusicLM(config.size(size))
-    lm = lm.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    for parameter in lm.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    return lm
 
 
 def their_model(lm: MusicLM, codec: codecs.Codec, dtype: torch.dtype) -> Any:

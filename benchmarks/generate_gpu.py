@@ -2,7 +2,7 @@
 
 The measurement behind the section `generation` of `benchmarks.gpu`. Random weights, guidance on, whole clips of 30 s so
 that the caches are read at every length. Beside each figure stands its floor: the bytes that the steps must read over
-the read bandwidth of this GPU, measured here.
+the read bandwidth of this GPU, measured here. `tiny` takes the demo's shape and clips of a second, to try the code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.generate import TEXT_TOKENS, random_model
+from benchmarks.models import TEXT_TOKENS, random_model
 from musicgen import memory
 from musicgen.conditions import Conditions
 from musicgen.engine import Engine
@@ -26,6 +26,14 @@ CASES: tuple[tuple[str, Precision, int], ...] = (
     ("300m", "bf16", 1), ("300m", "int8", 1), ("1.5b", "bf16", 1), ("3.3b", "bf16", 1), ("3.3b", "bf16", 16),
     ("3.3b", "bf16", 64),
 )  # fmt: skip
+
+
+TINY: tuple[tuple[str, Precision, int], ...] = (("demo", "bf16", 1), ("demo", "int8", 1), ("demo", "bf16", 3))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def sampler_of(engine: Engine, clips: int, frames: int, *, graphs: bool = True) -> Sampler:
@@ -48,24 +56,25 @@ def begin(sampler: Sampler, frames: int) -> None:
 
 def seconds_of(sampler: Sampler, frames: int) -> float:
     """Seconds of all steps of a window, the device waited for at both ends only."""
+    device = sampler.engine.device
     begin(sampler, frames)
-    torch.cuda.synchronize()
+    _wait(device)
     began = time.perf_counter()
     while not sampler.done:
         sampler.advance()
-    torch.cuda.synchronize()
+    _wait(device)
     return time.perf_counter() - began
 
 
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second of summing 4 GiB, the best of ten."""
-    data = torch.ones(2**30, device=device)
+def read_bandwidth(device: torch.device, elements: int = 2**30) -> float:
+    """Bytes per second of summing so many float32 (4 GiB), the best of ten."""
+    data = torch.ones(elements, device=device)
     best = float("inf")
     for _ in range(10):
-        torch.cuda.synchronize()
+        _wait(device)
         began = time.perf_counter()
         data.sum()
-        torch.cuda.synchronize()
+        _wait(device)
         best = min(best, time.perf_counter() - began)
     return data.numel() * 4 / best
 
@@ -81,20 +90,20 @@ def graphs_equal_plain_steps(lm: MusicLM, frames: int = 400) -> bool:
     return bool(torch.equal(*made))
 
 
-def measure(frames: int = FRAMES) -> dict[str, Any]:
+def measure(device: torch.device, *, tiny: bool = False, frames: int = FRAMES) -> dict[str, Any]:
     """All figures; a case that does not fit into the memory says so."""
-    device = torch.device("cuda")
-    bandwidth = read_bandwidth(device)
+    on_gpu = device.type == "cuda"
+    bandwidth = read_bandwidth(device, 2**20 if tiny else 2**30)
     found: dict[str, Any] = {"read_bandwidth_gb_per_second": bandwidth / 1e9}
     lm, name = None, ""
-    for size, precision, clips in CASES:
+    for size, precision, clips in TINY if tiny else CASES:
         if size != name:
             lm, name = None, size
             torch.cuda.empty_cache()
             lm = random_model(size, device, torch.bfloat16)
         assert lm is not None
-        if size == "300m" and "graphs_equal_plain_steps" not in found:
-            found["graphs_equal_plain_steps"] = graphs_equal_plain_steps(lm)
+        if "graphs_equal_plain_steps" not in found:
+            found["graphs_equal_plain_steps"] = graphs_equal_plain_steps(lm, min(frames, 400))
         engine = Engine(lm, precision)
         case = f"{size}, {precision}, {clips} {'clip' if clips == 1 else 'clips'}"
         needed, free = memory.cache_bytes(engine, 2 * bucket(clips), frames), memory.free_bytes(device)
@@ -110,12 +119,16 @@ def measure(frames: int = FRAMES) -> dict[str, Any]:
             "steps_per_second": steps / seconds,
             "times_real_time": clips * frames / 50 / seconds,
             "share_of_floor": floor / seconds,
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None,
         }
         if clips == 1 and precision == "bf16":
-            plain = sampler_of(engine, 1, 200, graphs=False)
-            seconds_of(plain, 200)
-            found[case]["steps_per_second_without_graphs"] = (plain.length - 2) / seconds_of(plain, 200)
-        del sampler
-        torch.cuda.reset_peak_memory_stats()
+            few = min(frames, 200)
+            plain = sampler_of(engine, 1, few, graphs=False)
+            seconds_of(plain, few)
+            found[case]["steps_per_second_without_graphs"] = (plain.length - 2) / seconds_of(plain, few)
+            del plain
+        del sampler, engine
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
     return found

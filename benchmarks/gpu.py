@@ -12,7 +12,7 @@ the planned one; then a step of 300m beside that of a plain transformers MusicGe
 `generation`: steps per second of one clip by size and weights and of a batch of clips of 3.3b, with the share of the
 bandwidth's floor; captured graphs beside plain steps, and whether both draw the same tokens.
 
-`--device cpu --tiny true` runs the sections that can run small on a CPU, to try their code.
+`--device cpu --tiny true` runs all of it small on a CPU, to try the code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,47 +49,53 @@ class GpuConfig:
     out: str = ""
 
 
-LEFT_OUT = {"left_out": "measured on a CUDA device only"}
-
-
 def training(config: GpuConfig) -> dict[str, Any]:
     """Speed, share of the peak and memory of training, by size."""
-    if config.device != "cuda":
-        return LEFT_OUT
     from benchmarks import training as bench
-    from training import budget, devices, train
+    from benchmarks.models import write_t5
+    from tests.training.synthetic import write_dataset
+    from training import budget, devices
 
-    device = devices.device_here(1, uses_gpu=True)
+    on_gpu = config.device == "cuda"
+    device = devices.device_here(1, uses_gpu=on_gpu)
     found: dict[str, Any] = {"flop_rule": budget.FLOP_RULE, "peak_flop_per_second": device.peak}
-    for size in ("300m", "1.5b", "3.3b"):
-        run = train.read_config(bench.BenchConfig(size=size).shape(), folders=False)
-        plan = budget.choose(train.task_of(run), device, 1)
-        if not plan.fits:
-            found[size] = {"fits": False, "needed_gib": plan.needed / 2**30}
-            continue
-        batch = plan.micro * min(plan.accumulate, 2)
-        asked = bench.BenchConfig(size=size, steps=config.steps, batch=batch)
-        with tempfile.TemporaryDirectory() as name:
-            from tests.training.synthetic import write_dataset
-
-            data = write_dataset(Path(name) / "data", tracks=80, valid=2, frames=(2000, 6000))
-            speed = bench.measure_run(asked, str(data), Path(name))
-        frames = plan.task.frames
-        clips = speed["audio_seconds_per_second"] / run.batch.crop_seconds
-        rate, common = clips * budget.train_flop(run.lm, frames), clips * budget.common_flop(run.lm, frames)
-        planned = budget.choose(train.task_of(train.read_config(asked.shape(), folders=False)), device, 1)
-        found[size] = {
-            **speed,
-            "batch": batch,
-            "micro_batch": planned.micro,
-            "clips_per_second": clips,
-            "flop_per_second": rate,
-            "mfu": rate / device.peak if device.peak else None,
-            "mfu_by_6n_12ldt": common / device.peak if device.peak else None,
-            "planned_gib": planned.needed / 2**30,
-        }
-    found["frames_per_second_beside_transformers"] = bench.measure_peer(bench.BenchConfig(size="300m", batch=8), 6)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = str(write_dataset(folder / "data", tracks=80, valid=2, frames=(2000, 6000)))
+        encoder = write_t5(folder / "t5", tiny=config.tiny)
+        for size in ("demo",) if config.tiny else ("300m", "1.5b", "3.3b"):
+            asked = bench.BenchConfig(size=size, steps=config.steps, crop_seconds=0.64 * config.tiny)
+            run, plan = _planned(asked, device)
+            if not plan.fits:
+                found[size] = {"fits": False, "needed_gib": plan.needed / 2**30}
+                continue
+            asked = replace(asked, batch=plan.micro * min(plan.accumulate, 2))
+            run, plan = _planned(asked, device)
+            speed = bench.measure_run(asked, data, folder / size, encoder)
+            clips = speed["audio_seconds_per_second"] / run.batch.crop_seconds
+            rate, common = clips * plan.task.clip_flop, clips * budget.common_flop(run.lm, plan.task.frames)
+            found[size] = {
+                **speed,
+                "batch": asked.batch,
+                "micro_batch": plan.micro,
+                "clips_per_second": clips,
+                "flop_per_second": rate,
+                "mfu": rate / device.peak if device.peak else None,
+                "mfu_by_6n_12ldt": common / device.peak if device.peak else None,
+                "planned_gib": plan.needed / 2**30,
+            }
+    size, batch = ("demo", 1) if config.tiny else ("300m", 8)
+    peer = bench.BenchConfig(size=size, batch=batch, crop_seconds=0.64 * config.tiny)
+    found["frames_per_second_beside_transformers"] = bench.measure_peer(peer, 2 if config.tiny else 6)
     return found
+
+
+def _planned(asked: Any, device: Any) -> tuple[Any, Any]:
+    """The settings of a measured training, and the plan that it will follow on this device."""
+    from training import budget, train
+
+    run = train.read_config(asked.shape(), folders=False)
+    return run, budget.choose(train.task_of(run), device, 1, **train.layout_settings(run))
 
 
 def codec(config: GpuConfig) -> dict[str, Any]:
@@ -104,11 +110,12 @@ def codec(config: GpuConfig) -> dict[str, Any]:
 
 def generation(config: GpuConfig) -> dict[str, Any]:
     """Speed of generation by size, weights and clips, graphs beside plain steps (`benchmarks.generate_gpu`)."""
-    if config.device != "cuda":
-        return LEFT_OUT
+    import torch
+
     from benchmarks import generate_gpu
 
-    return generate_gpu.measure()
+    device = torch.device(config.device)
+    return generate_gpu.measure(device, tiny=True, frames=50) if config.tiny else generate_gpu.measure(device)
 
 
 SECTIONS: dict[str, Callable[[GpuConfig], dict[str, Any]]] = {

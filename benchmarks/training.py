@@ -7,7 +7,7 @@ same shape, in turn, on the same batch, each in a process of its own, in float32
 bf16 autocast; both at their best precision are compared, and once more with the peer's process set up as ours is.
 The run: `training.train` itself, with everything beside the step (reading, logging, Lightning). The parts: one step
 taken apart. Without DATA a set of made-up tokens is used; speed does not depend on which tokens they are. Sizes other
-than demo take the packaged text encoder here. Keep the machine otherwise idle.
+than demo hear a text encoder of T5-base's shape with random weights. Keep the machine otherwise idle.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 
+from benchmarks.models import write_t5
 from musicgen import settings
 from musicgen.errors import UserError
 from training.strategy import HardwareConfig
@@ -62,24 +63,24 @@ class BenchConfig:
         """The precision that is measured."""
         return HardwareConfig(precision=self.precision).number_format
 
-    def shape(self) -> list[str]:
-        """The settings of training that follow from these."""
+    def shape(self, text_encoder: str = "") -> list[str]:
+        """The settings of training that follow from these, with the size's text encoder or one of T5-base's width."""
         small = self.size != "demo" and not torch.cuda.is_available()
         batch, crop = self.batch or small, self.crop_seconds or 5.0 * small
         words = ["--size", self.size, "--hardware.precision", self.precision, "--codebook_init", "false"]
         words += ["--batch.size", str(int(batch))] if batch else []
         words += ["--batch.crop_seconds", str(crop)] if crop else []
-        if self.size != "demo":
-            words += ["--lm.condition.text_encoder", "minilm", "--lm.condition.text_dim", "384"]
+        if text_encoder:
+            words += ["--lm.condition.text_encoder", text_encoder, "--lm.condition.text_dim", "768"]
         return words
 
 
-def measure_run(config: BenchConfig, data: str, folder: Path) -> dict[str, float]:
+def measure_run(config: BenchConfig, data: str, folder: Path, encoder: str) -> dict[str, float]:
     """A run of `training.train`; audio-seconds per second and the share outside the model, after the warm-up."""
     from training import record, train
 
     warm = max(config.steps // 5, 1)
-    argv = [*config.shape(), "--data", data, "--run", str(folder / "run"), "--steps", str(config.steps)]
+    argv = [*config.shape(encoder), "--data", data, "--run", str(folder / "run"), "--steps", str(config.steps)]
     argv += ["--log.clips", "0", "--log.every", str(warm), "--log.valid_every", str(10**9)]
     argv += ["--log.state_every", str(10**9), "--batch.valid_crops", "1"]
     train.main(argv)
@@ -92,7 +93,7 @@ def measure_run(config: BenchConfig, data: str, folder: Path) -> dict[str, float
     }
 
 
-def measure_parts(config: BenchConfig, data: str, repeats: int = 5) -> dict[str, float]:
+def measure_parts(config: BenchConfig, data: str, encoder_name: str, repeats: int = 5) -> dict[str, float]:
     """Seconds of each part of a step, alone: median of `repeats`."""
     from musicgen import patterns
     from musicgen.conditioning import TextEncoder
@@ -101,7 +102,7 @@ def measure_parts(config: BenchConfig, data: str, repeats: int = 5) -> dict[str,
     from training import loss, optim, train
     from training.data import Batch, Stream
 
-    run = train.read_config(config.shape(), folders=False)
+    run = train.read_config(config.shape(encoder_name), folders=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stream = Stream(ShardSet.open(data), run.batch, seed=0)
     encoder = TextEncoder.load(run.lm.condition.text_encoder).to(device)
@@ -351,7 +352,9 @@ def main(argv: Sequence[str]) -> int:
                 from tests.training.synthetic import write_dataset
 
                 data = str(write_dataset(folder / "data", tracks=80, valid=2, frames=(500, 2000)))
-            result |= {"run": measure_run(config, data, folder), "parts_seconds": measure_parts(config, data)}
+            encoder = "" if config.size == "demo" else write_t5(folder / "t5")
+            result["run"] = measure_run(config, data, folder, encoder)
+            result["parts_seconds"] = measure_parts(config, data, encoder)
         print("\n" + table(config, result["run"], result["parts_seconds"]))
     document = {**settings.to_dict(config), "threads": torch.get_num_threads(), **result}
     print(json.dumps(document))

@@ -22,7 +22,8 @@ _SOUND_COPIES = 4  # pieces, joined, trimmed, 16-bit
 def free_bytes(device: torch.device) -> int | None:
     """Memory that can still be had on a device; None where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

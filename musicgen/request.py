@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musicgen import attributes, memory, settings, style, wav
+from musicgen import about, attributes, memory, settings, style
 from musicgen.chroma import NONE
 from musicgen.conditions import Conditions
 from musicgen.engine import Engine
@@ -265,7 +265,7 @@ def marking(
     training = model.info.get("training", {})
     return {
         "generated": True,
-        "software": wav.software(),
+        "software": about.software(),
         "model": {"sha256": model.info.get("weights", {}).get("sha256"), "step": training.get("step")},
         "data_version": training.get("data_version"),
         "codec": model.info["codec"],

@@ -8,7 +8,6 @@ can lose it. The same audio and marking give the same bytes: no times, no machin
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import struct
@@ -18,7 +17,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 from torch import Tensor
 
-from musicgen import files
+from musicgen import about, files
 from musicgen.errors import UserError
 
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -30,14 +29,6 @@ _XMP = (
     "<Iptc4xmpExt:DigitalSourceType>{source}</Iptc4xmpExt:DigitalSourceType>"
     '</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
 )
-
-
-def software() -> str:
-    """Name and version of this program."""
-    try:
-        return f"musicgen-pipeline {importlib.metadata.version('musicgen-pipeline')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "musicgen-pipeline"
 
 
 def pcm16(audio: np.ndarray | Tensor) -> np.ndarray:
@@ -90,9 +81,9 @@ def header(
     )
     info = b"INFO" + b"".join(
         _chunk(name, text.encode("utf-8") + b"\0")
-        for name, text in ((b"ICMT", comment), (b"ISFT", marking.get("software") or software()))
+        for name, text in ((b"ICMT", comment), (b"ISFT", marking.get("software") or about.software()))
     )
-    xmp = _XMP.format(tool=escape(software(), {'"': "&quot;"}), source=DIGITAL_SOURCE_TYPE) if generated else ""
+    xmp = _XMP.format(tool=escape(about.software(), {'"': "&quot;"}), source=DIGITAL_SOURCE_TYPE) if generated else ""
     block = 2 * channels
     body = b"WAVE" + b"".join(
         (

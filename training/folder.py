@@ -7,12 +7,12 @@ that do not change what is learned (`_FREE`) may differ between two starts.
 from __future__ import annotations
 
 import os
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from musicgen import about
 from musicgen.errors import UserError
 from training import record, state
 
@@ -105,7 +105,7 @@ def find_run(run: str, wanted: dict[str, Any], defaults: dict[str, Any]) -> tupl
 def make_run(run: str, wanted: dict[str, Any]) -> str:
     """Make the run's folder with its config.yaml; returns the new W&B id."""
     folder, run_id = Path(run), record.new_run_id()
-    document = {**wanted, "wandb_run_id": run_id, "made_by": f"musicgen-pipeline {version('musicgen-pipeline')}"}
+    document = {**wanted, "wandb_run_id": run_id, "made_by": about.software()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder.with_name(f".{folder.name}.config.tmp")

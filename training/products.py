@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from musicgen import files
+from musicgen import about, files
 
 if TYPE_CHECKING:
     from musicgen.codec import Codec
@@ -47,7 +46,7 @@ def release_info(
         },
         "licence": config.licence,
         **({"inherited": inherited(config.init)} if config.init else {}),
-        "made_by": f"musicgen-pipeline {version('musicgen-pipeline')}",
+        "made_by": about.software(),
     }
 
 

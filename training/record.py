@@ -8,6 +8,7 @@ W&B id, and the local record is cut back to the step it resumes from, so every c
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import netrc
@@ -95,6 +96,9 @@ def wandb_logger(
         settings_tree: the run's settings as plain dicts, shown as the run's config.
         start: what may differ between two starts of the run, shown there as well.
     """
+    if importlib.util.find_spec("wandb") is None:
+        log.warning("W&B is not installed; the record stands in %s alone", folder / "metrics.jsonl")
+        return None
     mode = wandb_mode()
     run = _start(folder, run_id, settings_tree, mode)
     if run is None and mode == "online":

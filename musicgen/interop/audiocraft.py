@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import pickle
 import re
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from musicgen import chroma, patterns
+from musicgen import about, chroma, patterns
 from musicgen.conditioning import TextEncoder
 from musicgen.config import ConditionConfig, LMConfig
 from musicgen.errors import UserError
@@ -429,7 +428,7 @@ def write(parts: Parts, folder: Path, text_encoder: str = "") -> None:
     if parts.config.condition.melody:
         state[_WINDOW] = torch.hann_window(chroma.WINDOW)
     common = {
-        "version": f"musicgen-pipeline {version('musicgen-pipeline')}",
+        "version": about.software(),
         "exported": True,
         "licence": parts.binding_licence,
         "inherited_licences": parts.inherited,

@@ -10,15 +10,14 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from musicgen import about, stereo, weights
 from musicgen import codec as codecs
-from musicgen import stereo, weights
 from musicgen.conditioning import TextEncoder
 from musicgen.config import LMConfig
 from musicgen.errors import UserError
@@ -147,7 +146,7 @@ def to_release(parts: Parts, out: str | os.PathLike[str]) -> Path:
             "licence": parts.licence or "not stated",
             "inherited": parts.inherited or [{"model": parts.source, "licence": parts.licence}],
             "imported_from": parts.source,
-            "made_by": f"musicgen-pipeline {version('musicgen-pipeline')}",
+            "made_by": about.software(),
         }
         folders = {"codec": codec_folder, "text_encoder": text_folder}
         return weights.save_release(out, lm, info, _dtype(parts.state), folders=folders)

