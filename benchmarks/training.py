@@ -82,7 +82,7 @@ def measure_run(config: BenchConfig, data: str, folder: Path, encoder: str) -> d
     warm = max(config.steps // 5, 1)
     argv = [*config.shape(encoder), "--data", data, "--run", str(folder / "run"), "--steps", str(config.steps)]
     argv += ["--log.clips", "0", "--log.every", str(warm), "--log.valid_every", str(10**9)]
-    argv += ["--log.state_every", str(10**9), "--batch.valid_crops", "1"]
+    argv += ["--log.state_every", "0", "--batch.valid_crops", "1"]
     train.main(argv)
     lines = [row for row in record.read_metrics(folder / "run" / "metrics.jsonl") if "train/loss" in row]
     lines = [row for row in lines if row["step"] > warm and row["step"] % warm == 0]

@@ -42,7 +42,7 @@ class LogConfig:
     Args:
         every: steps between two lines of training metrics.
         valid_every: steps between two validations.
-        state_every: steps between two states to resume from.
+        state_every: steps between two states to resume from, the last step included; 0 writes none but on a signal.
         state_keep: newest states that stay, beside the best validation's.
         state_keep_every: steps between states that stay for good; 0 keeps none.
         state_background: write states beside the training; `auto` does where there is memory for a copy.
@@ -68,7 +68,7 @@ class LogConfig:
     profile_steps: int = 3
 
     def __post_init__(self) -> None:
-        least_of = {"every": 1, "valid_every": 1, "state_every": 1, "state_keep": 1, "state_keep_every": 0}
+        least_of = {"every": 1, "valid_every": 1, "state_every": 0, "state_keep": 1, "state_keep_every": 0}
         least_of |= {"clips_every": 0, "clips": 0, "profile_at": 0, "profile_steps": 1}
         for name, least in least_of.items():
             if getattr(self, name) < least:
@@ -301,7 +301,7 @@ class States(EachStep):
     def after_step(self, trainer: pl.Trainer, module: MusicLMModule, step: int) -> None:
         began = time.perf_counter()
         leave = self._all_agree(trainer)
-        if leave or self.due(step, self.config.state_every):
+        if leave or (self.config.state_every and self.due(step, self.config.state_every)):
             self._save(trainer, module, must=leave or step == self.last_step)
             self.stopwatch.pause(began)
         error = self.saver.failed()

@@ -247,6 +247,11 @@ def test_parts_of_a_step_make_the_same_step(data: Path, tmp_path: Path) -> None:
     assert metrics(one)[-1]["valid/loss"] == pytest.approx(metrics(four)[-1]["valid/loss"], rel=1e-3)
 
 
+def test_a_run_may_leave_no_state(data: Path, tmp_path: Path) -> None:
+    run = go(data, tmp_path / "run", "--steps", "2", "--log.state_every", "0")
+    assert not state.steps_in(run / "state") and (run / "release" / "model.safetensors").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "selective"])
 def test_compiled_blocks_make_the_same_steps(data: Path, tmp_path: Path, checkpointing: str) -> None:
