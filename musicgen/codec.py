@@ -294,7 +294,10 @@ def load_network(source: str | Path) -> EncodecModel:
     if folder.is_dir():
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
             raise UserError(f"CODEC {name!r} has no config.json and model.safetensors; give the folder of a codec")
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        try:
+            kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"CODEC {name!r}: its config.json cannot be read ({str(error).splitlines()[0]})") from None
         if kind != "encodec":
             raise UserError(f"CODEC {name!r} holds a model of type {kind!r}; an EnCodec folder is needed")
         target = str(folder)
@@ -307,6 +310,11 @@ def load_network(source: str | Path) -> EncodecModel:
             raise UserError(
                 f"CODEC {name!r} is not here and could not be had from the hub ({type(error).__name__}). "
                 "Copy the model's folder to this machine and give its path, or use CODEC=demo"
+            ) from error
+        except Exception as error:  # what transformers and safetensors raise for files that are cut short or altered
+            raise UserError(
+                f"CODEC {name!r}: the folder is damaged or no EnCodec of transformers "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:150]}); copy it again"
             ) from error
 
 

@@ -233,7 +233,7 @@ def _load_transformers(name: str) -> tuple[nn.Module, Any]:
 
     try:
         return load(local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # damaged files raise many kinds, safetensors' own among them
         if is_path:
             raise UserError(
                 f"text encoder folder {name!r} cannot be read: {_first_line(error)}; it needs config.json, "

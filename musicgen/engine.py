@@ -227,10 +227,14 @@ class Engine:
             kept = visible.any(dim=0)  # what no row has is left out
             prefix, visible = prefix[:, kept].to(self.dtype), visible[:, kept]
             length = prefix.shape[1]
-            if not bool(visible.all()):
+            if cache.visible is not None or not bool(visible.all()):
                 later = visible.new_ones(visible.shape[0], cache.capacity - length)
-                cache.visible = torch.cat([visible, later], dim=1)
-                cache.shift = visible.sum(dim=1, keepdim=True) - length
+                whole, shift = torch.cat([visible, later], dim=1), visible.sum(dim=1, keepdim=True) - length
+                if cache.visible is None or cache.shift is None:
+                    cache.visible, cache.shift = whole, shift
+                else:  # in place: the graphs of the window before read these addresses
+                    cache.visible.copy_(whole)
+                    cache.shift.copy_(shift)
             self._through(prefix + cache.table[positions_of(visible)], cache, causal_mask(visible, 0, length), None)
             cache.prefix = length
             cache.rewind()

@@ -66,6 +66,16 @@ def read_bytes(uri: str | os.PathLike[str]) -> bytes:
         return stream.read()
 
 
+def _beside(target: Path) -> Path:
+    """A name of its own in the same folder, no longer than names may be."""
+    return target.with_name(f".{target.name[:80]}.{uuid.uuid4().hex}.tmp")
+
+
+def _remove(temporary: Path) -> None:
+    with contextlib.suppress(OSError):  # what could not be made need not be removed
+        temporary.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[BinaryIO]:
     """A file to write piece by piece: a local path, there once it is whole, or `-` for standard output.
@@ -83,7 +93,7 @@ def writing(path: str) -> Iterator[BinaryIO]:
     target = local_path(path)
     if target is None:
         raise UserError(f"{path!r} takes whole files only; give a local file")
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    temporary = _beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -94,7 +104,7 @@ def writing(path: str) -> Iterator[BinaryIO]:
             f"cannot write {target}: {error.strerror or error}; free the place or give another one"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def write_bytes(uri: str | os.PathLike[str], data: bytes) -> None:
@@ -105,17 +115,20 @@ def write_bytes(uri: str | os.PathLike[str], data: bytes) -> None:
     """
     path = local_path(uri)
     if path is None:
-        filesystem, inner = _remote(os.fspath(uri))
-        with filesystem.open_output_stream(inner) as stream:
-            stream.write(data)
+        try:
+            filesystem, inner = _remote(os.fspath(uri))
+            with filesystem.open_output_stream(inner) as stream:
+                stream.write(data)
+        except OSError as error:
+            raise UserError(f"cannot write {os.fspath(uri)}: {str(error).splitlines()[0]}") from error
         return
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free the place or give another one"
         ) from error

@@ -118,8 +118,12 @@ def _check_out(out: str, streaming: bool) -> None:
     if not out.lower().endswith(".wav"):
         raise UserError(f"OUT={out!r} must end in .wav, such as OUT=waltz.wav")
     path = files.local_path(out)
-    if path is not None and path.is_dir():
+    if path is not None and os.path.isdir(path):
         raise UserError(f"OUT={out!r} is a folder; give the file to write, such as OUT={out.rstrip('/')}/waltz.wav")
+    if path is not None:
+        made = next((folder for folder in path.absolute().parents if folder.exists()), Path("/"))
+        if not made.is_dir() or not os.access(made, os.W_OK | os.X_OK) or len(os.fsencode(path.name)) > 255:
+            raise UserError(f"OUT={out!r} cannot be written: {made} takes no such file; give another place or name")
     if streaming and path is None:
         raise UserError(f"OUT={out!r} takes whole files only; stream to a local file or to - and copy it there")
 

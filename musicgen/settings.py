@@ -7,9 +7,11 @@ with the nearest name that exists, in YAML as on the command line.
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import difflib
 import sys
+import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -89,7 +91,10 @@ def parse(config_class: type[T], argv: Sequence[str], *, layers: Sequence[str | 
             continue
         if not Path(path).is_file():
             raise SettingsError(f"settings file {path!r} does not exist; give a YAML file or leave --config out")
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        try:
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(tree, dict):
             raise SettingsError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
         _reject_unknown(list(_flat(tree, config_class)), config_class, path)
@@ -113,7 +118,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(config_class: type[T], tree: dict[str, Any]) -> T:
-    """The inverse of `to_dict`; unknown keys raise `SettingsError` with the nearest name."""
+    """The inverse of `to_dict`; unknown keys raise `SettingsError` with the nearest name, wrong types with the type."""
+    if not isinstance(tree, dict):
+        raise SettingsError(f"{config_class.__name__}: expected a mapping of settings, found {type(tree).__name__}")
     _reject_unknown(list(_flat(tree, config_class)), config_class, config_class.__name__)
     hints = typing.get_type_hints(config_class)
     values: dict[str, Any] = {}
@@ -121,9 +128,33 @@ def from_dict(config_class: type[T], tree: dict[str, Any]) -> T:
         if f.name not in tree:
             continue
         value, kind = tree[f.name], hints[f.name]
+        if not _fits(value, kind):
+            wanted = str(kind) if typing.get_origin(kind) else kind.__name__
+            raise SettingsError(f"{f.name} is {value!r}; it must be {wanted.replace('typing.', '')}")
         inner = next((k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)), None)
         values[f.name] = from_dict(cast(type, inner), value) if inner is not None and isinstance(value, dict) else value
     return config_class(**values)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value out of a JSON file can be one of this type; types that are not listed here take anything."""
+    parts = typing.get_args(kind)
+    match typing.get_origin(kind) or kind:
+        case typing.Literal:
+            return value in parts
+        case typing.Union | types.UnionType:
+            return any(_fits(value, part) for part in parts)
+        case builtins.tuple | builtins.list:
+            items = isinstance(value, (list, tuple))
+            return items and all(_fits(v, parts[0]) for v in value if parts)
+        case builtins.float:
+            return isinstance(value, (int, float)) and not isinstance(value, bool)
+        case builtins.int:
+            return isinstance(value, int) and not isinstance(value, bool)
+        case builtins.str | builtins.bool | types.NoneType:
+            return isinstance(value, kind)
+        case _:
+            return not dataclasses.is_dataclass(kind) or isinstance(value, (dict, cast(type, kind)))
 
 
 def run(main: Any) -> None:

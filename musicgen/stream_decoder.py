@@ -35,6 +35,8 @@ class StreamDecoder:
         config: Any = codec.model.config
         if config.norm_type == "time_group_norm":
             raise UserError(f"codec {codec.name!r} normalises over the whole clip and cannot be decoded in pieces")
+        # A causal kernel reaches as far back as a centred one to both sides.
+        self.behind = HEAD * (2 if config.use_causal_conv else 1)
         layers = list(codec.model.decoder.layers)
         recurrent = next(i for i, layer in enumerate(layers) if hasattr(layer, "lstm"))
         self.codec, self.head, self.tail = codec, layers[:recurrent], layers[recurrent + 1 :]
@@ -58,13 +60,13 @@ class StreamDecoder:
             return torch.zeros(1, self.codec.channels, 0)
         ready = self.known if last else self.known - HEAD
         if ready > self.heard:
-            before = max(0, self.heard - HEAD)
+            before = max(0, self.heard - self.behind)
             x = _through(self.head, self.latents[..., before - self.first_latent :])
             x = x[..., self.heard - before : ready - before].permute(2, 0, 1)
             out, self.state = self.lstm(x, self.state)
             self.hidden = _join(self.hidden, (out + x).permute(1, 2, 0))
             self.heard = ready
-            keep = max(0, self.heard - HEAD)
+            keep = max(0, self.heard - self.behind)
             self.latents, self.first_latent = self.latents[..., keep - self.first_latent :], keep
         certain = self.heard if last else self.heard - TAIL
         if certain <= self.played or self.hidden is None:
@@ -89,7 +91,12 @@ def _through(layers: list[Any], x: Tensor) -> Tensor:
 
 
 def decode_long(codec: Codec, codes: Tensor, piece_frames: int = 500) -> Tensor:
-    """Codes `[1, K, T]` to sound `[1, C, hop * T]` on the CPU, in pieces: the memory of a piece for any length."""
+    """Codes `[1, K, T]` to sound `[1, C, hop * T]` on the CPU, in pieces: the memory of a piece for any length.
+
+    A codec that normalises over its own chunks (48 kHz) decodes those.
+    """
+    if getattr(codec, "chunk", 0):
+        return codec.decode(codes).cpu()
     decoder, frames = StreamDecoder(codec), codes.shape[2]
     pieces = [
         decoder.push(codes[..., start : start + piece_frames], last=start + piece_frames >= frames).cpu()

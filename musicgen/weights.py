@@ -236,8 +236,14 @@ def load_release(folder: str | os.PathLike[str], base: str = "", *, quiet: bool 
         raise UserError(f"MODEL={name!r}: {WEIGHTS} is not a safetensors file ({error})") from None
     try:
         lm_config = settings.from_dict(config.LMConfig, info["lm"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"MODEL={name!r}: the model settings in {CONFIG} cannot be read: {error}") from None
+    held = sum(tensor.numel() for tensor in state.values())
+    if held != lm_config.num_parameters():  # before a model of any size is built
+        raise UserError(
+            f"MODEL={name!r}: {WEIGHTS} does not fit the settings in {CONFIG}: it holds {held:,} numbers, they ask for "
+            f"{lm_config.num_parameters():,}"
+        )
     with torch.random.fork_rng(devices=[]):  # the initialisation is overwritten; the caller's randomness is not spent
         lm = MusicLM(lm_config)
     try:

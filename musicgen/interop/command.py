@@ -77,6 +77,16 @@ class MergeConfig:
     base: str = ""
 
 
+def _check_new(out: str, example: str) -> Path:
+    """The folder to write, which must be new or empty: nothing that stands there is replaced."""
+    target = files.local_path(out) if out else None
+    if target is None or not target.name:
+        raise UserError(f"OUT={out!r}: give the local folder to write, such as OUT={example}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"OUT={out!r} exists and is not empty; give a new folder")
+    return target
+
+
 def import_model(config: ImportConfig) -> Path:
     """Write the release; returns its folder. Raises `UserError`."""
     from musicgen.interop import parts, sources
@@ -85,6 +95,7 @@ def import_model(config: ImportConfig) -> Path:
         raise UserError(f"FROM is missing; give a folder or a hub name such as FROM={sources.PUBLISHED[0]}")
     if not config.out:
         raise UserError("OUT is missing; give the release folder to write, such as OUT=models/small")
+    _check_new(config.out, "models/small")
     model = sources.read(config.source, config.codec, config.text_encoder)
     if config.licence:
         model.licence = config.licence
@@ -95,12 +106,15 @@ def export_model(config: ExportConfig) -> Path:
     """Write the export, whole or absent; returns its folder. Raises `UserError`."""
     from musicgen.interop import audiocraft, huggingface, parts
 
-    target = files.local_path(config.out) if config.out else None
-    if target is None:
-        raise UserError(f"OUT={config.out!r}: give the local folder to write, such as OUT=exported")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"OUT={config.out!r} exists and is not empty; give a new folder")
+    target = _check_new(config.out, "exported")
     model = parts.of_release(config.model, config.codec, config.text_encoder, config.base)
+    if not model.config.cross_attention and model.config.condition.null != "released":
+        print(
+            f"warning: {config.model} was trained with condition.null {model.config.condition.null}; other programs "
+            "guide against the released models' null, so that guided music differs there (guidance 1 does not). Train "
+            "with --lm.condition.null released for exports",
+            file=sys.stderr,
+        )
     write: Callable[[Path], None]
     if config.to == "transformers":
         huggingface.check(model)
@@ -126,9 +140,7 @@ def merge_model(config: MergeConfig) -> Path:
     """Write base and adapter as one release in float32; returns its folder. Raises `UserError`."""
     if not config.model:
         raise UserError("MODEL is missing; give an adapter's folder such as MODEL=runs/mine/release")
-    target = files.local_path(config.out) if config.out else None
-    if target is None or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise UserError(f"OUT={config.out!r}: give a new or empty local folder, such as OUT=models/mine")
+    _check_new(config.out, "models/mine")
     info = weights.read_info(config.model)
     if info["format"] != weights.ADAPTER:
         raise UserError(f"MODEL={config.model!r} is a whole model already, not an adapter; nothing to merge")

@@ -125,6 +125,12 @@ def read(folder: Path, source: str) -> Parts:
             f"FROM={source!r} cannot be read: {_first_line(error)}; it needs config.json, model.safetensors and the "
             "tokenizer's files, as transformers' save_pretrained writes them (pickled weights are not read)"
         ) from None
+    more = [k for k in report["unexpected_keys"] if k.startswith("decoder.") and "embed_positions" not in k]
+    if more:
+        raise UserError(
+            f"FROM={source!r}: weights that config.json knows no place for: {', '.join(sorted(more)[:5])}; "
+            "is its number of layers right?"
+        )
     lost = [k for k in report["missing_keys"] if "embed_positions" not in k and not k.endswith(TRAINING_BUFFERS)]
     if lost:
         raise UserError(f"FROM={source!r}: weights are missing: {', '.join(sorted(lost)[:5])}")

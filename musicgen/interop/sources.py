@@ -109,10 +109,18 @@ def read(source: str, codec: str = "", text_encoder: str = "") -> Parts:
     folder = fetch(source) if kind == "hub" else Path(source.removeprefix("file://")).expanduser()
     if folder.is_file():
         folder = folder.parent
-    if (folder / "state_dict.bin").is_file() and not list(folder.glob("*.safetensors")):
-        parts = audiocraft.read(folder, source, codec, text_encoder)
-    else:
-        parts = huggingface.read(folder, source)
+    try:
+        if (folder / "state_dict.bin").is_file() and not list(folder.glob("*.safetensors")):
+            parts = audiocraft.read(folder, source, codec, text_encoder)
+        else:
+            parts = huggingface.read(folder, source)
+    except UserError:
+        raise
+    except Exception as error:  # files from elsewhere: whatever is wrong with them is not this program's state
+        raise UserError(
+            f"FROM={source!r} is damaged or not what its files say it is "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:150]}); copy or export it again"
+        ) from error
     if source in PUBLISHED:
         parts.licence = NON_COMMERCIAL
     return parts

@@ -153,7 +153,7 @@ def test_generate_takes_an_adapter_and_merge_makes_the_same_model(
     assert info["inherited"] == [{"model": str(place / "base" / "release"), "licence": "Apache-2.0"}]
     with pytest.raises(UserError, match="is a whole model already"):
         command.merge_model(command.MergeConfig(str(tmp_path / "whole"), str(tmp_path / "more")))
-    with pytest.raises(UserError, match="give a new or empty local folder"):
+    with pytest.raises(UserError, match="exists and is not empty; give a new folder"):
         command.merge_model(command.MergeConfig(str(place / "mine"), str(tmp_path / "whole")))
 
 

@@ -267,3 +267,25 @@ def test_a_model_of_another_text_encoder_is_refused(release: Path, tmp_path: Pat
     (tmp_path / "other" / "config.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match="trained with another text encoder than the 'minilm'"):
         generate.load(str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("out", ["/dev/null/x.wav", "README.md/x.wav", "x" * 300 + ".wav"])
+def test_a_place_that_takes_no_file_is_refused_before_the_clip_is_made(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("README.md").write_text("mine")
+    with pytest.raises(UserError, match="cannot be written"):
+        generate.main(["--prompt", "waltz", "--duration", "1", "--out", out, "--model", "nowhere"])
+
+
+def test_importing_replaces_nothing(tmp_path: Path) -> None:
+    from musicgen.interop import command
+
+    kept = tmp_path / "mine" / "thesis.txt"
+    kept.parent.mkdir()
+    kept.write_text("years")
+    for out in (kept.parent, kept, Path("/")):
+        with pytest.raises(UserError, match="OUT="):
+            command.import_model(command.ImportConfig(source="facebook/musicgen-small", out=str(out)))
+    assert kept.read_text() == "years"

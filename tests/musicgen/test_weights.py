@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,32 @@ def test_weights_of_another_shape_and_another_schema_are_refused(lm: MusicLM, tm
     (folder / "config.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match=r"schema 99, this program reads 1"):
         weights.load_release(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("num_layers", "2", "num_layers is '2'; it must be int"),
+        ("num_layers", 2.0, "it must be int"),
+        ("activation", "swish", "activation is 'swish'; it must be Literal"),
+        ("num_heads", 0, "cannot be read"),
+        ("condition", None, "condition is None"),
+        ("dim", 2_000_000, "does not fit the settings"),
+    ],
+)
+def test_settings_of_wrong_types_are_refused(lm: MusicLM, tmp_path: Path, key: str, value: object, words: str) -> None:
+    folder = weights.save_release(tmp_path / "release", lm, INFO)
+    info = json.loads((folder / "config.json").read_text())
+    info["lm"][key] = value
+    (folder / "config.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=words):
+        weights.load_release(folder)
+
+
+def test_a_damaged_codec_is_refused_in_words(tmp_path: Path) -> None:
+    for file, raw in (("config.json", b"{"), ("config.json", b"[1]"), ("model.safetensors", b"\x00" * 50)):
+        folder = tmp_path / f"{file}-{len(raw)}"
+        shutil.copytree(codecs.DEMO_FOLDER, folder)
+        (folder / file).write_bytes(raw)
+        with pytest.raises(UserError, match="CODEC"):
+            codecs.load(folder)

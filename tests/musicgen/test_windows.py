@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import EncodecConfig, EncodecModel
 
 from musicgen import codec as codecs
 from musicgen import generate, listen, memory, sampler
@@ -110,6 +111,25 @@ def test_the_way_of_the_gpu_never_asks_the_host(precision: Precision) -> None:
     assert window.columns.is_meta and window.cache.position == 3
 
 
+def test_windows_of_a_prefix_keep_their_addresses() -> None:
+    """A captured graph reads mask and places where the first window put them."""
+    torch.manual_seed(0)
+    condition = replace(LMConfig().condition, melody=True, chroma_frames=3, text_dim=8)
+    lm = MusicLM(LMConfig(dim=64, num_layers=1, num_heads=2, cross_attention=False, condition=condition)).eval()
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    heard = Conditions(torch.randn(2, 3, 8), mask)
+    window = sampler.Sampler(
+        Engine(lm), [heard, heard.without_text(lm)], [1, 2], SamplingConfig(), 10, frame_rate=50, sample_rate_hz=32_000,
+        scales=torch.full((1, 20), 3.0),
+    )  # fmt: skip
+    places = []
+    for offset in (0, 10):
+        window.begin(torch.full((2, 4, 10), sampler.UNKNOWN), offset)
+        assert window.cache.visible is not None and window.cache.shift is not None
+        places.append((window.cache.visible.data_ptr(), window.cache.shift.data_ptr()))
+    assert places[0] == places[1]
+
+
 def test_memory_does_not_grow_with_the_clip(model: generate.MusicGen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four times as long: the same one cache of one window."""
     capacities: list[int] = []
@@ -188,6 +208,21 @@ def test_a_stream_sounds_before_the_clip_is_made(model: generate.MusicGen) -> No
         patch.setattr(sampler.Sampler, "advance", lambda self: (steps.append(1), advance(self))[1])
         first = next(iter(generate.stream(model, request, chunk_seconds=0.1)))
     assert first.shape[-1] > 0 and len(steps) < 25, "0.1 s, the lookahead and the delay; not the 100 frames"
+
+
+def test_a_causal_codec_has_no_seam_either() -> None:
+    config = EncodecConfig(
+        sampling_rate=24_000, num_filters=4, hidden_size=16, codebook_size=64, upsampling_ratios=[8, 5, 4, 2],
+        use_causal_conv=True, use_conv_shortcut=True, target_bandwidths=[1.5], num_lstm_layers=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = EncodecModel(config)
+    for layer in network.quantizer.layers:
+        layer.codebook.embed.normal_()
+    codec = codecs.Codec(network, "causal")
+    tokens = torch.randint(0, 64, (1, codec.num_codebooks, 90))
+    whole = codec.decode(tokens)
+    assert float((decode_long(codec, tokens, piece_frames=10) - whole).abs().max()) < 1e-4 * float(whole.abs().max())
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 50])

@@ -97,7 +97,7 @@ def coded_versions(
 ) -> dict[str, tuple[np.ndarray, float]]:
     """`original [C, N]` at the codec's rate, what the codec and Opus make of it: mono `[N']` at 32 kHz, bits/s."""
     codes = torch.from_numpy(codec.encode_track(original).astype(np.int64))[None]
-    sound = codec.decode(codes) if codec.chunk else decode_long(codec, codes)
+    sound = decode_long(codec, codes)
     decoded = sound[0, :, : original.shape[1]].cpu().numpy()
     mono = _at_32k(original.mean(0), codec.sample_rate)
     versions = {"original": (mono, 16.0 * SAMPLE_RATE_HZ)}
