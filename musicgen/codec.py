@@ -305,7 +305,8 @@ def load_network(source: str | Path) -> EncodecModel:
         raise UserError(f"CODEC {name!r} is neither 'demo', nor a folder here, nor a hub name (owner/model)")
     with _quiet_transformers():
         try:
-            return EncodecModel.from_pretrained(target, dtype=torch.float32, use_safetensors=True).eval()
+            load: Any = EncodecModel.from_pretrained
+            model, report = load(target, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
         except OSError as error:
             raise UserError(
                 f"CODEC {name!r} is not here and could not be had from the hub ({type(error).__name__}). "
@@ -316,6 +317,12 @@ def load_network(source: str | Path) -> EncodecModel:
                 f"CODEC {name!r}: the folder is damaged or no EnCodec of transformers "
                 f"({type(error).__name__}: {' '.join(str(error).split())[:150]}); copy it again"
             ) from error
+    lost = sorted(key for key in report["missing_keys"] if not key.endswith(TRAINING_BUFFERS))
+    if lost:
+        raise UserError(
+            f"CODEC {name!r}: weights are missing ({', '.join(lost[:3])}, {len(lost)} in all); copy it again"
+        )
+    return model.eval()
 
 
 def tiny(seed: int = 0) -> Codec:

@@ -281,6 +281,7 @@ class States(EachStep):
         self.asked: int = 0  # signal number
         self.left_at: int | None = None  # step at which the run stopped because it was asked to
         self._vote: tuple[Any, Tensor] | None = None
+        self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         super().on_train_start(trainer, module)
@@ -290,7 +291,6 @@ class States(EachStep):
             keep_every=self.config.state_keep_every,
             background=self.background,
         )
-        self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._ask)
@@ -316,7 +316,7 @@ class States(EachStep):
             self.saver.save(module.lm, module.ema, trainer.optimizers[0], module.progress)
         except UserError as error:
             self._warn(error)
-            if must:
+            if must and trainer.world_size == 1:  # several would have to try again together
                 self.saver.save(module.lm, module.ema, trainer.optimizers[0], module.progress)
         if must:
             self.saver.wait()

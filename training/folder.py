@@ -6,7 +6,10 @@ that do not change what is learned (`_FREE`) may differ between two starts.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,38 @@ def find_run(run: str, wanted: dict[str, Any], defaults: dict[str, Any]) -> tupl
             f"RUN={run!r} exists and is not a run of this program (no config.yaml); give a new or empty folder"
         )
     return None, 0
+
+
+_held: dict[Path, Any] = {}
+
+
+def hold(folder: Path) -> None:
+    """Keep a run's folder for this process as long as it lives: two trainings would spoil each other's record.
+
+    Raises:
+        UserError: another process trains there, or the folder cannot be written.
+    """
+    path = folder.resolve() / ".lock"
+    if path in _held:
+        return
+    try:
+        file = path.open("a+")
+    except OSError as error:
+        raise UserError(f"RUN={str(folder)!r} cannot be written: {error.strerror or error}") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system without locks
+        file.seek(0)
+        raise UserError(
+            f"RUN={str(folder)!r} is being trained by {file.read().strip() or 'another process'}; wait for it, end it, "
+            "or give another RUN"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _held[path] = file
 
 
 def make_run(run: str, wanted: dict[str, Any]) -> str:

@@ -104,6 +104,7 @@ class Saver:
         self._written = threading.Event()
         self._written.set()
         self._error: UserError | None = None
+        self._untold: list[UserError] = []
         if self.rank == 0:
             for left in folder.glob(".step-*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -111,14 +112,18 @@ class Saver:
     def save(self, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Write the state of `progress.step`; returns once its tensors may change again.
 
-        Every rank calls this at the same step.
+        Every rank calls this at the same step. What became of an earlier state is told by `failed` and must not keep
+        one rank from writing this one together with the others.
 
         Raises:
-            UserError: an earlier state, or this one where it is not written in the background, could not be written.
+            UserError: this state, where it is not written in the background, could not be written.
         """
         import torch.distributed.checkpoint as dcp
 
-        self.wait()
+        self._written.wait()
+        if self._error is not None:
+            self._untold.append(self._error)
+            self._error = None
         progress.ema_count = ema.count
         moments, numbers = _optimizer_parts(optimizer, model)
         tensors = _named(model, ema) | moments
@@ -154,6 +159,8 @@ class Saver:
 
     def failed(self) -> UserError | None:
         """The error of a state that could not be written, once, without waiting."""
+        if self._untold:
+            return self._untold.pop(0)
         error = None
         if self._written.is_set():
             error, self._error = self._error, None
@@ -163,6 +170,7 @@ class Saver:
         """Make the state visible on rank 0 once all parts are there, or take back what there is of it."""
         try:
             if error is None and self.rank == 0:
+                document["files"] = self._files_of(place)
                 _write_synced(place / "state.json", json.dumps(document, indent=1).encode())
                 target = self.folder / f"step-{document['step']}"
                 shutil.rmtree(target, ignore_errors=True)
@@ -175,6 +183,15 @@ class Saver:
                 shutil.rmtree(place, ignore_errors=True)
                 self._error = self._sorry(document["step"], error)
             self._written.set()
+
+    def _files_of(self, place: Path) -> dict[str, int]:
+        """Names and sizes of a state's files. Raises `OSError` where a rank's are not there."""
+        files = {path.name: path.stat().st_size for path in sorted(place.glob("*.safetensors"))}
+        ranks = {name.split("-model-")[0] for name in files}
+        world = dist.get_world_size() if self.several else 1
+        if len(ranks) < world:
+            raise OSError(f"{world - len(ranks)} of {world} ranks wrote nothing into {place}")
+        return files
 
     def _drop(self, best_step: int | None) -> None:
         steps = steps_in(self.folder)
@@ -221,7 +238,7 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 def read_progress(folder: Path, step: int) -> Progress:
     """What `folder/step-N` knows beside its tensors. Raises `UserError` when it is damaged."""
-    return Progress(**{k: v for k, v in _document(folder / f"step-{step}").items() if k != "optimizer"})
+    return Progress(**{k: v for k, v in _document(folder / f"step-{step}").items() if k not in ("optimizer", "files")})
 
 
 def _document(place: Path) -> dict[str, Any]:
@@ -248,6 +265,10 @@ def load(folder: Path, step: int, model: nn.Module, ema: EMA, optimizer: torch.o
     place = folder / f"step-{step}"
     document = _document(place)
     several = dist.is_initialized() and dist.get_world_size() > 1
+    for name, size in document.get("files", {}).items():  # the reader fills what it finds and leaves the rest as it was
+        there = (place / name).stat().st_size if (place / name).is_file() else None
+        if there != size:
+            raise _damaged(place, OSError(f"{name} has {there} bytes, {size} were written"))
     try:
         targets = _named(model, ema)
         moments = _moment_targets(model, document["optimizer"]["moments"]) if optimizer is not None else {}

@@ -114,6 +114,8 @@ def read_config(argv: Sequence[str], *, folders: bool = True) -> TrainConfig:
         raise UserError("DATA is missing; give a data set made by `make ingest`, such as DATA=data/demo")
     if folders and not config.run:
         raise UserError("RUN is missing; give a folder for the run, such as RUN=runs/first; the same folder resumes")
+    if "://" in config.run:
+        raise UserError(f"RUN={config.run!r}: a run is a folder of this machine or of a shared file system, no store")
     if config.steps < 1 or config.stop_at < 0:
         raise UserError(f"steps is {config.steps} and stop_at {config.stop_at}; give steps >= 1 and stop_at >= 0")
     return config
@@ -310,6 +312,8 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
     if start >= stop:
         print(f"{folder} has already made {start} of {stop} steps; nothing to do", flush=True)
         return folder
+    if is_zero:
+        folder_of.hold(folder)
 
     torch.manual_seed(config.seed)
     lm = strategy.build_model(functools.partial(MusicLM, config.lm), plan, rank)

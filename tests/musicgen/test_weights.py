@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from musicgen import codec as codecs
 from musicgen import weights
@@ -184,3 +185,12 @@ def test_a_damaged_codec_is_refused_in_words(tmp_path: Path) -> None:
         (folder / file).write_bytes(raw)
         with pytest.raises(UserError, match="CODEC"):
             codecs.load(folder)
+
+
+def test_a_codec_without_some_of_its_weights_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(codecs.DEMO_FOLDER, tmp_path / "codec")
+    tensors = load_file(tmp_path / "codec" / "model.safetensors")
+    kept = {key: tensor for key, tensor in tensors.items() if not key.startswith("decoder.")}
+    save_file(kept, tmp_path / "codec" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="weights are missing"):
+        codecs.load(tmp_path / "codec")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,6 +170,29 @@ def test_trains_resumes_and_exports(cache: Path, tmp_path: Path) -> None:
     assert a.keys() == b.keys() and any("/optimizer_states/1/" in k for k in a)
     other = [k for k in a if not torch.equal(a[k], b[k])]
     assert not other, "6 steps, stopped, 6 more = 12 at once, bit for bit"
+
+
+def test_a_signal_saves_even_in_the_warm_up_and_asks_to_be_run_again(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--data", str(cache), *SMALL, "--steps", "8", "--cooldown_steps", "2", "--validate_every", "100"]
+    assert train.main([*argv, "--run", str(tmp_path / "whole")]) == 0
+    before, end = signal.getsignal(signal.SIGTERM), train.Watch.on_train_batch_end
+
+    def asked(self: Any, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        end(self, trainer, *rest)
+
+    monkeypatch.setattr(train.Watch, "on_train_batch_end", asked)
+    with pytest.raises(SystemExit) as left:
+        train.main([*argv, "--run", str(tmp_path / "cut")])
+    assert left.value.code == 75 and signal.getsignal(signal.SIGTERM) == before
+    assert state(tmp_path / "cut")["global_step"] == 2
+    monkeypatch.setattr(train.Watch, "on_train_batch_end", end)
+    assert train.main([*argv, "--run", str(tmp_path / "cut")]) == 0
+    a, b = (flat(state(tmp_path / name)["state_dict"]) for name in ("whole", "cut"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_the_release_is_the_best_since_the_discriminator_listens(cache: Path, tmp_path: Path) -> None:

@@ -252,6 +252,36 @@ def test_a_run_may_leave_no_state(data: Path, tmp_path: Path) -> None:
     assert not state.steps_in(run / "state") and (run / "release" / "model.safetensors").is_file()
 
 
+def test_a_state_that_lost_a_file_or_a_part_of_one_is_refused(data: Path, tmp_path: Path) -> None:
+    run = go(data, tmp_path / "run", "--stop_at", "2")
+    [file] = (run / "state" / "step-2").glob("*.safetensors")
+    whole = file.read_bytes()
+    for spoil in (lambda: file.write_bytes(whole[:-4]), file.unlink):
+        spoil()
+        with pytest.raises(UserError, match="cannot be read"):
+            go(data, run, "--stop_at", "3")
+        file.write_bytes(whole)
+    go(data, run, "--stop_at", "3")
+
+
+def test_two_trainings_of_one_run_are_refused(data: Path, tmp_path: Path) -> None:
+    run = go(data, tmp_path / "run", "--stop_at", "2")
+    other = "import sys, time; from pathlib import Path; from training import folder; folder.hold(Path(sys.argv[1]))"
+    shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns(".lock"))
+    with subprocess.Popen(
+        [sys.executable, "-c", other + "; print('held', flush=True); time.sleep(100)", str(tmp_path / "other")],
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == b"held\n"
+            with pytest.raises(UserError, match=f"is being trained by process {process.pid} on"):
+                go(data, tmp_path / "other", "--stop_at", "3")
+        finally:
+            process.kill()
+    go(data, tmp_path / "other", "--stop_at", "3")  # whoever died holds nothing
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "selective"])
 def test_compiled_blocks_make_the_same_steps(data: Path, tmp_path: Path, checkpointing: str) -> None:

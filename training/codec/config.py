@@ -7,7 +7,7 @@ without the quantiser, `loss` with it, `adversarial_loss` once the discriminator
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from musicgen import codec as codecs
@@ -120,6 +120,16 @@ def check(config: CodecTrainConfig) -> None:
             f"batch_size is {config.batch_size}, which {ranks} processes cannot share evenly; "
             f"give a multiple of {ranks}"
         )
+    if config.steps <= config.warmup_steps:
+        raise UserError(
+            f"steps is {config.steps}, and the first {config.warmup_steps} (warmup_steps) train without the quantiser; "
+            "give more steps or a shorter warm-up"
+        )
+    if config.quantiser.kmeans_latents < config.network.codebook_size and config.warmup_steps:
+        raise UserError(
+            f"quantiser.kmeans_latents is {config.quantiser.kmeans_latents}; k-means needs at least one for each of "
+            f"the {config.network.codebook_size} entries"
+        )
     for name, allowed in (("strategy", "ddp"), ("checkpointing", "none"), ("compile", "off")):
         value = getattr(config.hardware, name)
         if value not in ("auto", allowed):
@@ -169,5 +179,8 @@ def read_config(argv: Sequence[str]) -> CodecTrainConfig:
             "DATA is missing: give the URI of a catalogue (catalog.jsonl) or of a folder of audio shards (.tar), or a "
             "PCM cache"
         )
+    if config.init and not any(token.startswith("--warmup_steps") for token in argv):
+        # Trained codebooks would be left behind by an encoder that warms up without them.
+        config = replace(config, warmup_steps=0)
     check(config)
     return config

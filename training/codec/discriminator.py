@@ -109,7 +109,7 @@ class Discriminator(nn.Module):
 
 def hinge_loss(real: list[Tensor], fake: list[Tensor]) -> Tensor:
     """The discriminator's loss on its logits per scale: mean over scales of E relu(1 - real) + E relu(1 + fake)."""
-    pairs = [F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)]
+    pairs = [F.relu(1 - r.float()).mean() + F.relu(1 + f.float()).mean() for r, f in zip(real, fake, strict=True)]
     return torch.stack(pairs).mean()
 
 

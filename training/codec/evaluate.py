@@ -180,7 +180,7 @@ def main(argv: Sequence[str]) -> int:
     codec = codecs.load(config.codec)
     shape = codecs.CodecConfig(sample_rate_hz=codec.sample_rate, channels=codec.channels)
     cache = data.prepare(config.data, _cache(config, codec), shape, config.splits)
-    train, valid = data.open_cache(cache, "train"), data.open_cache(cache, "valid")
+    train, valid = (data.open_cache(cache, split, shape) for split in ("train", "valid"))
     result = measure(codec, valid, config.opus, config.max_seconds)
     used, perplexity = codebook_use(codec, [train, valid])
     hours = sum(pcm.samples.shape[1] for pcm in (train, valid)) / codec.sample_rate / 3600

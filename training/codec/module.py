@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from musicgen import codec as codecs
+from musicgen.errors import UserError
 from musicgen.metrics.audio import chroma_agreement, log_mel_distance
 from training.codec import discriminator as adversary
 from training.codec import initial, quantiser
@@ -69,7 +70,7 @@ class CodecModule(pl.LightningModule):
     # --- one step ---------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Tensor, batch_index: int) -> None:
-        """One update on `batch [B, C, N]`; raises `FloatingPointError` before it when a loss is not finite."""
+        """One update on `batch [B, C, N]`; raises `UserError` before it when a loss is not finite."""
         step, config = self.global_step, self.config
         latents = self.network.encoder(batch)
         commitment = batch.new_zeros(())
@@ -143,8 +144,9 @@ class CodecModule(pl.LightningModule):
     def _check_finite(self, loss: Tensor, gradient: Tensor, step: int) -> None:
         if not bool(torch.isfinite(loss) & torch.isfinite(gradient).all()):
             losses = {k.removeprefix("train/"): round(v, 4) for k, v in self.record.items() if k.startswith("train/")}
-            raise FloatingPointError(
-                f"codec loss or gradient is not finite at step {step} ({losses}); seed {self.config.seed}"
+            raise UserError(
+                f"codec loss or gradient is not finite at step {step} ({losses}); seed {self.config.seed}. Lower "
+                "--lr and run again: it resumes from the last state"
             )
 
     def weights(self, step: int) -> LossConfig:

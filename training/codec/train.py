@@ -14,6 +14,8 @@ import json
 import logging
 import math
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from musicgen import files, settings
 from musicgen.errors import UserError
 from training import record
 from training.folder import flat
-from training.launch import Launched
+from training.launch import EXIT_REQUEUE, SIGNALS, Launched
 
 VALIDATION_SECONDS = 20
 MELS = ("train/log_mel", "train/mel", "train/msspec")
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> int:
     if rank == 0:
         _keep_config(run, config)
 
-    cache = data.prepare(config.data, run / "pcm", shape, config.splits)
+    cache = _prepared(config, run, rank)
     train, valid = (data.open_cache(cache, split, shape) for split in ("train", "valid"))
     stream = data.CropStream(
         train, seed=config.seed, batch_size=config.batch_size, num_samples=config.crop_samples, rank=rank,
@@ -83,6 +85,24 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _prepared(config: Any, run: Path, rank: int) -> Path:
+    """The PCM cache, made by the first rank while the others wait for it (the run's folder is one for all)."""
+    from training.codec import data
+
+    mark = run / ".preparing"
+    if rank:
+        time.sleep(1.0)  # the first rank has set the mark by then, or the cache was ready
+        while mark.is_file():
+            time.sleep(0.2)
+    else:
+        mark.touch()
+    try:
+        return data.prepare(config.data, run / "pcm", config.network, config.splits)
+    finally:
+        if rank == 0:
+            mark.unlink(missing_ok=True)
+
+
 def _fit(module: Any, stream: Any, names: list[str], run: Path, last: Path | None, launched: Launched) -> None:
     """Run Lightning's loop from the state `last`, recording on the first rank."""
     from torch.utils.data import DataLoader
@@ -101,6 +121,11 @@ def _fit(module: Any, stream: Any, names: list[str], run: Path, last: Path | Non
     finally:
         if journal is not None:
             journal.finish(finished)
+    if watch.left_at is not None:
+        if first:
+            name = signal.Signals(watch.asked).name if watch.asked else "another process"
+            print(f"left after step {watch.left_at} of {config.steps}, asked by {name}; the same command goes on")
+        raise SystemExit(EXIT_REQUEUE)
 
 
 def _held_out(config: Any, valid: Any) -> tuple[list[str], list[np.ndarray]]:
@@ -183,11 +208,16 @@ class Watch(_callback_base()):  # type: ignore[misc]
         self.began = time.monotonic()
         self.begin_step = 0
         self.bar: Any = None
+        self.asked = 0  # signal number
+        self.left_at: int | None = None
+        self._before: dict[int, Any] = {}
         earlier = record.read_metrics(run / "metrics.jsonl")
         self.scores = {line["step"]: line["valid/score"] for line in earlier if "valid/score" in line}
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        """Start the clock."""
+        """Start the clock, and listen to signals: after Lightning, whose own answer to SIGTERM saves nothing."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.began, self.begin_step = time.monotonic(), trainer.global_step
@@ -201,7 +231,7 @@ class Watch(_callback_base()):  # type: ignore[misc]
         self.bar.start()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_index: int) -> None:
-        """Record every 50 steps; validate and save every `validate_every`."""
+        """Record every 50 steps; validate and save every `validate_every`; save and leave when asked to."""
         step = trainer.global_step
         last = step == self.config.steps
         figures = module.whole_record() if step % 50 == 0 or last else None
@@ -209,10 +239,26 @@ class Watch(_callback_base()):  # type: ignore[misc]
             self.bar.update(self.task, completed=step)
             if figures is not None:
                 self._record(figures, step)
-        if step > self.config.warmup_steps and (step % self.config.validate_every == 0 or last):
-            if self.journal is not None:
-                self._validate(module, step)
+        leave = bool(self.asked)
+        if trainer.world_size > 1:
+            leave = trainer.strategy.reduce_boolean_decision(leave, all=False)
+        due = step % self.config.validate_every == 0 or last
+        if due and step > self.config.warmup_steps and self.journal is not None:
+            self._validate(module, step)  # before, the quantiser is not trained
+        if due or leave:
             self._save(trainer)
+        if leave and not last:
+            self.left_at = step
+            trainer.should_stop = True
+
+    def _ask(self, number: int, _: Any) -> None:
+        self.asked = number
+
+    def restore_signals(self) -> None:
+        """Signals do again what they did before the training."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         """Close the bar."""
@@ -223,6 +269,7 @@ class Watch(_callback_base()):  # type: ignore[misc]
         self._close()
 
     def _close(self) -> None:
+        self.restore_signals()
         if self.bar is not None:
             self.bar.stop()
 
