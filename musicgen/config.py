@@ -138,6 +138,11 @@ class LMConfig:
     condition: ConditionConfig = field(default_factory=ConditionConfig)
 
     def __post_init__(self) -> None:
+        for name in ("dim", "num_heads", "num_layers", "ffn_mult", "num_codebooks", "codebook_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"lm.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lm.dropout is {self.dropout}; it must be in [0, 1)")
         if self.dim % self.num_heads:
             raise ValueError(f"dim ({self.dim}) must be a multiple of num_heads ({self.num_heads})")
         if self.dim % 2:

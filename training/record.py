@@ -8,6 +8,7 @@ W&B id, and the local record is cut back to the step it resumes from, so every c
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import logging
@@ -40,11 +41,31 @@ class MetricsFile:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
+        self._waiting = b""  # lines that a full disk did not take
 
     def append(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Add a line; it is on the disk when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Add a line. Where the disk is full it waits here for the next one, and the training goes on."""
+        lines = self._waiting + (json.dumps({"step": step, **metrics}) + "\n").encode()
+        try:
+            _append(self.path, lines)
+        except OSError as error:
+            if not self._waiting:
+                log.warning("%s cannot be written (%s); its lines are kept until it can", self.path, error.strerror)
+            self._waiting = lines
+        else:
+            self._waiting = b""
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Add bytes to a file, all or none."""
+    with path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

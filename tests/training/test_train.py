@@ -264,6 +264,22 @@ def test_a_state_that_lost_a_file_or_a_part_of_one_is_refused(data: Path, tmp_pa
     go(data, run, "--stop_at", "3")
 
 
+def test_a_full_disk_keeps_the_record_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics_file, real = record.MetricsFile(tmp_path / "metrics.jsonl"), record._append
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    metrics_file.append(1, {"x": 1.0})
+    monkeypatch.setattr(record, "_append", full)
+    metrics_file.append(2, {"x": 2.0})
+    metrics_file.append(3, {"x": 3.0})
+    assert [row["step"] for row in record.read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    monkeypatch.setattr(record, "_append", real)
+    metrics_file.append(4, {"x": 4.0})
+    assert [row["step"] for row in record.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
 def test_two_trainings_of_one_run_are_refused(data: Path, tmp_path: Path) -> None:
     run = go(data, tmp_path / "run", "--stop_at", "2")
     other = "import sys, time; from pathlib import Path; from training import folder; folder.hold(Path(sys.argv[1]))"
