@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import resource
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from musicgen.errors import UserError
 from musicgen.lm import MusicLM
 from training import state
 from training.data import Batch
-from training.launch import SIGNALS
+from training.launch import AskedToLeave
 from training.module import MusicLMModule
 from training.record import Record
 from training.watch import Stopwatch, communication_seconds
@@ -252,7 +250,7 @@ class Clips(EachStep):
         record.clips(step, clips)
 
 
-class States(EachStep):
+class States(EachStep, AskedToLeave):
     """A whole state every `every` steps and at the end, and at once when the machine asks the run to leave.
 
     SIGTERM (a machine taken away) and SIGUSR1 (Slurm, some minutes before its limit) only set a flag; the ranks tell
@@ -278,10 +276,9 @@ class States(EachStep):
         super().__init__(last_step)
         self.folder, self.config, self.stopwatch, self.background = folder, config, stopwatch, background
         self.elsewhere = elsewhere
-        self.asked: int = 0  # signal number
+        AskedToLeave.__init__(self)
         self.left_at: int | None = None  # step at which the run stopped because it was asked to
         self._vote: tuple[Any, Tensor] | None = None
-        self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         super().on_train_start(trainer, module)
@@ -291,12 +288,7 @@ class States(EachStep):
             keep_every=self.config.state_keep_every,
             background=self.background,
         )
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._ask)
-
-    def _ask(self, number: int, _: Any) -> None:
-        self.asked = number
+        self.listen_to_signals()
 
     def after_step(self, trainer: pl.Trainer, module: MusicLMModule, step: int) -> None:
         began = time.perf_counter()
@@ -349,18 +341,13 @@ class States(EachStep):
             self._votes = dist.new_group(backend="gloo")
         return self._votes
 
-    def _restore_signals(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
-        self._restore_signals()
+        self.restore_signals()
         if self._vote is not None:
             self._vote[0].wait()
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
-        self._restore_signals()
+        self.restore_signals()
 
 
 class Bar(EachStep):

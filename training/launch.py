@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,32 @@ from training.strategy import HardwareConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a machine that is taken away; Slurm, some minutes before its limit
 EXIT_REQUEUE = 75  # asked to leave: the state is saved, run the same command again (EX_TEMPFAIL of sysexits.h)
+
+
+class AskedToLeave:
+    """Part of a callback that listens to `SIGNALS` while it trains: after Lightning, whose own answer saves nothing.
+
+    Attributes:
+        asked: number of the signal that came, 0 for none.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._before: dict[int, Any] = {}
+
+    def listen_to_signals(self) -> None:
+        """From now on write down what comes; Python hears signals in its main thread alone."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+
+    def _ask(self, number: int, _: Any) -> None:
+        self.asked = number
+
+    def restore_signals(self) -> None:
+        """Signals do again what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,7 @@ class Saver:
         self.group = dist.new_group(backend="gloo") if self.several else None
         self._written = threading.Event()
         self._written.set()
-        self._error: UserError | None = None
-        self._untold: list[UserError] = []
+        self._errors: list[UserError] = []
         if self.rank == 0:
             for left in folder.glob(".step-*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -116,14 +115,11 @@ class Saver:
         one rank from writing this one together with the others.
 
         Raises:
-            UserError: this state, where it is not written in the background, could not be written.
+            UserError: where nothing is written in the background: this state, or one before, could not be written.
         """
         import torch.distributed.checkpoint as dcp
 
         self._written.wait()
-        if self._error is not None:
-            self._untold.append(self._error)
-            self._error = None
         progress.ema_count = ema.count
         moments, numbers = _optimizer_parts(optimizer, model)
         tensors = _named(model, ema) | moments
@@ -153,18 +149,12 @@ class Saver:
     def wait(self) -> None:
         """Wait until nothing is being written. Raises `UserError` once for a state that could not be."""
         self._written.wait()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        if self._errors:
+            raise self._errors.pop(0)
 
     def failed(self) -> UserError | None:
         """The error of a state that could not be written, once, without waiting."""
-        if self._untold:
-            return self._untold.pop(0)
-        error = None
-        if self._written.is_set():
-            error, self._error = self._error, None
-        return error
+        return self._errors.pop(0) if self._written.is_set() and self._errors else None
 
     def _finish(self, place: Path, document: dict[str, Any], error: BaseException | None) -> None:
         """Make the state visible on rank 0 once all parts are there, or take back what there is of it."""
@@ -181,7 +171,7 @@ class Saver:
         finally:
             if error is not None:
                 shutil.rmtree(place, ignore_errors=True)
-                self._error = self._sorry(document["step"], error)
+                self._errors.append(self._sorry(document["step"], error))
             self._written.set()
 
     def _files_of(self, place: Path) -> dict[str, int]:

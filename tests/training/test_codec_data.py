@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,20 @@ def test_a_cache_follows_its_rows(catalog: Path, tmp_path: Path) -> None:
     less.write_text("".join(json.dumps(r) + "\n" for r in rows))
     data.prepare(str(less), tmp_path / "pcm", SHAPE, SPLITS)
     assert gone not in data.open_cache(made, "train").track_ids
+
+
+def test_ranks_that_start_at_once_make_one_cache(catalog: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from tests.training import test_codec_data as t\n"
+        "real = t.data.write_cache\n"
+        "def told(*args): print('made', flush=True); return real(*args)\n"
+        "t.data.write_cache = told; t.data.prepare(sys.argv[1], Path(sys.argv[2]), t.SHAPE, t.SPLITS)"
+    )
+    command = [sys.executable, "-c", program, str(catalog), str(tmp_path / "pcm")]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = "".join(rank.communicate(timeout=120)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0, 0]
+    assert said.count("made") == 2, "train and valid, once"
 
 
 def test_audio_that_cannot_train_is_refused(catalog: Path, tmp_path: Path) -> None:

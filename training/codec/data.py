@@ -7,6 +7,7 @@ afterwards. Any split of the ranks sees the same crops: an item's address is its
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -98,6 +99,21 @@ def write_cache(
     os.replace(folder / f"{split}.json.partial", folder / f"{split}.json")
 
 
+def _make(chosen: sources.Selection, source: str, cache: Path, shape: CodecConfig, workers: int) -> None:
+    """Decode what was chosen into the cache; see `prepare`."""
+    for split, tracks in chosen.splits.items():
+        decoded = sources.decode(tracks, shape, chosen.rejects, workers, split)
+        write_cache(cache, split, decoded, shape.channels, shape.sample_rate_hz)
+        if not open_cache(cache, split, shape).track_ids:
+            raise UserError(
+                f"no track of split {split!r} in DATA {source!r} passed the checks; the last one: "
+                f"{chosen.rejects[str(tracks[-1].row.track_id)]}"
+            )
+    (cache / "rejects.json").write_text(json.dumps(chosen.rejects, indent=1, ensure_ascii=False))
+    if chosen.rejects:
+        print(f"{len(chosen.rejects)} tracks refused; the reasons are in {cache / 'rejects.json'}", flush=True)
+
+
 def prepare(source: str, cache: Path, shape: CodecConfig, splits: SplitConfig, workers: int = 2) -> Path:
     """The PCM cache of `source`: itself when it is one, else `cache`, made from a catalogue or from audio shards.
 
@@ -111,21 +127,13 @@ def prepare(source: str, cache: Path, shape: CodecConfig, splits: SplitConfig, w
         return Path(source)
     chosen = sources.select(source, splits)
     digest, made_from = chosen.digest(shape, splits), cache / "made-from"
-    if made_from.is_file() and made_from.read_text() == digest:
-        return cache
-    made_from.unlink(missing_ok=True)
-    for split, tracks in chosen.splits.items():
-        decoded = sources.decode(tracks, shape, chosen.rejects, workers, split)
-        write_cache(cache, split, decoded, shape.channels, shape.sample_rate_hz)
-        if not open_cache(cache, split, shape).track_ids:
-            raise UserError(
-                f"no track of split {split!r} in DATA {source!r} passed the checks; the last one: "
-                f"{chosen.rejects[str(tracks[-1].row.track_id)]}"
-            )
-    (cache / "rejects.json").write_text(json.dumps(chosen.rejects, indent=1, ensure_ascii=False))
-    if chosen.rejects:
-        print(f"{len(chosen.rejects)} tracks refused; the reasons are in {cache / 'rejects.json'}", flush=True)
-    made_from.write_text(digest)
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / ".lock").open("w") as lock:  # several ranks: the first makes it, the others find it made
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        if not made_from.is_file() or made_from.read_text() != digest:
+            made_from.unlink(missing_ok=True)
+            _make(chosen, source, cache, shape, workers)
+            made_from.write_text(digest)
     return cache
 
 

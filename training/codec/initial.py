@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from musicgen import codec as codecs
 from musicgen.codec import TRAINING_BUFFERS
 from musicgen.errors import UserError
 from training.codec import quantiser
@@ -45,23 +46,10 @@ def start_from(module: Any, source: str) -> str:
 
 
 def _from_folder(module: Any, folder: Path) -> str:
-    from transformers import EncodecModel
-    from transformers.utils import logging as hf_logging
-
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity(hf_logging.ERROR)  # it reports the training buffers that releases leave out on purpose
-    hf_logging.disable_progress_bar()
     try:
-        load: Any = EncodecModel.from_pretrained
-        model, report = load(folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    except Exception as error:  # damaged files raise many kinds, safetensors' own among them
+        model = codecs.load_network(folder)
+    except UserError as error:
         raise UserError(f"INIT {str(folder)!r} cannot be read as an EnCodec: {error}") from error
-    finally:
-        hf_logging.set_verbosity(before)
-        hf_logging.enable_progress_bar()
-    lost = sorted(key for key in report["missing_keys"] if not key.endswith(TRAINING_BUFFERS))
-    if lost:
-        raise UserError(f"INIT {str(folder)!r}: weights are missing ({', '.join(lost[:3])}, {len(lost)} in all)")
     pairs = {name: (getattr(model.config, name), getattr(module.network.config, name)) for name in SETTINGS}
     other = [f"{name} is {there} there, {here} in this run" for name, (there, here) in pairs.items() if there != here]
     if other:

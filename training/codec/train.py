@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from musicgen import files, settings
 from musicgen.errors import UserError
 from training import record
 from training.folder import flat
-from training.launch import EXIT_REQUEUE, SIGNALS, Launched
+from training.launch import EXIT_REQUEUE, AskedToLeave, Launched
 
 VALIDATION_SECONDS = 20
 MELS = ("train/log_mel", "train/mel", "train/msspec")
@@ -62,7 +61,7 @@ def main(argv: list[str]) -> int:
     if rank == 0:
         _keep_config(run, config)
 
-    cache = _prepared(config, run, rank)
+    cache = data.prepare(config.data, run / "pcm", shape, config.splits)
     train, valid = (data.open_cache(cache, split, shape) for split in ("train", "valid"))
     stream = data.CropStream(
         train, seed=config.seed, batch_size=config.batch_size, num_samples=config.crop_samples, rank=rank,
@@ -83,24 +82,6 @@ def main(argv: list[str]) -> int:
     if rank == 0:
         print(f"codec written to {run / 'release'}")
     return 0
-
-
-def _prepared(config: Any, run: Path, rank: int) -> Path:
-    """The PCM cache, made by the first rank while the others wait for it (the run's folder is one for all)."""
-    from training.codec import data
-
-    mark = run / ".preparing"
-    if rank:
-        time.sleep(1.0)  # the first rank has set the mark by then, or the cache was ready
-        while mark.is_file():
-            time.sleep(0.2)
-    else:
-        mark.touch()
-    try:
-        return data.prepare(config.data, run / "pcm", config.network, config.splits)
-    finally:
-        if rank == 0:
-            mark.unlink(missing_ok=True)
 
 
 def _fit(module: Any, stream: Any, names: list[str], run: Path, last: Path | None, launched: Launched) -> None:
@@ -200,24 +181,22 @@ def _callback_base() -> type:
     return pl.Callback
 
 
-class Watch(_callback_base()):  # type: ignore[misc]
+class Watch(AskedToLeave, _callback_base()):  # type: ignore[misc]
     """Progress, metrics.jsonl, validation, clips, state and release of a codec run; `journal` on the first rank."""
 
     def __init__(self, journal: record.Record | None, run: Path, config: Any, names: list[str]) -> None:
+        super().__init__()
         self.journal, self.run, self.config, self.names = journal, run, config, names
         self.began = time.monotonic()
         self.begin_step = 0
         self.bar: Any = None
-        self.asked = 0  # signal number
         self.left_at: int | None = None
-        self._before: dict[int, Any] = {}
         earlier = record.read_metrics(run / "metrics.jsonl")
         self.scores = {line["step"]: line["valid/score"] for line in earlier if "valid/score" in line}
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        """Start the clock, and listen to signals: after Lightning, whose own answer to SIGTERM saves nothing."""
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        """Start the clock and listen to signals."""
+        self.listen_to_signals()
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.began, self.begin_step = time.monotonic(), trainer.global_step
@@ -250,15 +229,6 @@ class Watch(_callback_base()):  # type: ignore[misc]
         if leave and not last:
             self.left_at = step
             trainer.should_stop = True
-
-    def _ask(self, number: int, _: Any) -> None:
-        self.asked = number
-
-    def restore_signals(self) -> None:
-        """Signals do again what they did before the training."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         """Close the bar."""
