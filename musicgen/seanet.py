@@ -7,13 +7,17 @@ layout that has to be reordered, so they run as 2-D ones with the channels last;
 its strides long, so two frames take three matrix products and not four; the LSTM waits for memory at batch one, so the
 windows of a track go through it side by side (`musicgen.lstm`); the quantiser needs only x·e - |e|²/2, its maximum in
 two levels.
-On a GPU the same code runs with channels first and without blocks. Network: Défossez et al. 2022, section 3.1.
+On a GPU, where memory's bandwidth is the limit, channels come first and nothing runs in blocks. ELU writes straight
+into what the next layer reads: padded, in rows of one stride (`_rows`) or above a row of ones that carries the bias, as
+cuDNN would add it in one more pass; a product adds itself to the sum it belongs to. A batch that is too large at once
+is split by items, so that no halo is computed. Network: Défossez et al. 2022, section 3.1.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +40,7 @@ WIDE = 64  # channels from which three products of matrices take less than a con
 @dataclass(frozen=True)
 class Conv:
     """A convolution with its padding: `weight [C_out, C_in, 1, kernel]`, sizes in samples of its input; `halves` where
-    `_downsample` runs it."""
+    it runs as three products for two frames, `matrix [C_out, C_in · kernel + 1]`, bias last, where as one for all."""
 
     weight: Tensor
     bias: Tensor
@@ -45,6 +49,7 @@ class Conv:
     left: int
     right: int
     halves: tuple[Tensor, Tensor, Tensor] | None = None
+    matrix: Tensor | None = None
 
     @property
     def reach(self) -> int:
@@ -100,13 +105,13 @@ class Encoder:
         self.layout = torch.channels_last if self.on_cpu else torch.contiguous_format
         lstm = next(i for i, layer in enumerate(layers) if hasattr(layer, "lstm"))
         self.stages: list[Stage] = []
-        first: Conv | None = self._conv(layers[0])
+        first: Conv | None = self._conv(layers[0], product=True)
         residuals: list[Residual] = []
         for layer in layers[1:lstm]:
             if hasattr(layer, "block"):
                 _, wide, _, narrow = layer.block
                 shortcut = self._conv(layer.shortcut) if hasattr(layer.shortcut, "conv") else None
-                residuals.append(Residual(self._conv(wide), self._conv(narrow), shortcut))
+                residuals.append(Residual(self._conv(wide), self._conv(narrow, product=True), shortcut))
             elif hasattr(layer, "conv"):
                 self.stages.append(Stage(first, tuple(residuals), self._conv(layer)))
                 first, residuals = None, []
@@ -118,17 +123,18 @@ class Encoder:
         self.halo_frames = self._halo_frames()
         self.margin_frames = self.halo_frames + self.last.reach
 
-    def _conv(self, layer: Any) -> Conv:
-        """An `EncodecConv1d` as 2-D convolution of height one, padding as plain numbers."""
+    def _conv(self, layer: Any, *, product: bool = False) -> Conv:
+        """An `EncodecConv1d` as 2-D convolution of height one, padding as plain numbers; with few inputs and stride
+        one, on a GPU, as a `product` of matrices."""
         conv = layer.conv
         kernel, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
         total = (kernel - 1) * dilation + 1 - stride
         right = 0 if layer.causal else total // 2
         weight = conv.weight.detach().unsqueeze(2).contiguous(memory_format=self.layout)
-        wide = self.on_cpu and conv.in_channels >= WIDE
-        paired = wide and kernel == 2 * stride > 2 and dilation == 1
-        halves = _halves(conv.weight.detach(), stride) if paired else None
-        return Conv(weight, conv.bias.detach(), stride, dilation, total - right, right, halves)
+        paired = conv.in_channels >= WIDE and kernel == 2 * stride > 2 and dilation == 1
+        halves = _halves(conv.weight.detach(), stride, self.on_cpu) if paired else None
+        matrix = _matrix(conv.weight.detach(), conv.bias.detach()) if product and not self.on_cpu else None
+        return Conv(weight, conv.bias.detach(), stride, dilation, total - right, right, halves, matrix)
 
     def _halo_frames(self) -> int:
         """Frames beside a piece of audio on which the LSTM's input there depends, at most."""
@@ -164,9 +170,14 @@ class Encoder:
             return self.tail(features + recalled[:total])
 
     def features(self, audio: Tensor) -> Tensor:
-        """Audio `[B, C, N]` through the convolutions before the LSTM: `[T, B, H]`; long audio in segments."""
-        total = math.ceil(audio.shape[-1] / self.hop)
-        segment = max(SEGMENT_FRAMES.get(audio.device.type, 1000) // audio.shape[0], 4 * self.halo_frames)
+        """Audio `[B, C, N]` through the convolutions before the LSTM: `[T, B, H]`; long audio in segments, on a GPU
+        first item by item."""
+        batch, total = len(audio), math.ceil(audio.shape[-1] / self.hop)
+        limit = SEGMENT_FRAMES.get(audio.device.type, 1000)
+        if not self.on_cpu and batch > 1 and batch * total > limit:
+            pieces = math.ceil(batch / max(limit // total, 1))
+            return torch.cat([self.features(items) for items in audio.chunk(pieces)], dim=1)
+        segment = max(limit // batch, 4 * self.halo_frames)
         parts, start = [], 0
         while start < total:
             stop = start + segment if total - start - segment > SHORT_FRAMES else total
@@ -210,9 +221,45 @@ class Encoder:
         if stage.first is not None:
             x = self._apply(stage.first, x)
         for block in stage.residuals:
-            y = self._apply(block.narrow, self._apply(block.wide, x, activate=True), activate=True)
-            x = y.add_(x if block.shortcut is None else self._apply(block.shortcut, x))
-        return self._apply(stage.down, x, activate=True)
+            y = self._apply(block.wide, x, activate=True)
+            x = x if block.shortcut is None else self._apply(block.shortcut, x)
+            x = self._apply(block.narrow, y, activate=True).add_(x) if self.on_cpu else self._add(block.narrow, y, x)
+        if self.on_cpu or stage.down.halves is None:
+            return self._apply(stage.down, x, activate=True)
+        frames, rows = math.ceil(x.shape[-1] / stage.down.stride), self._rows(stage.down, x)
+        del x  # its memory is free for the products
+        return _downsample_batch(stage.down.halves, stage.down.bias, rows)[..., :frames]
+
+    def _add(self, conv: Conv, x: Tensor, to: Tensor) -> Tensor:
+        """ELU and a convolution over single samples, added to `to` in place."""
+        assert conv.matrix is not None
+        batch, channels, _, length = x.shape
+        columns = x.new_empty(batch, channels + 1, length)
+        self._elu(x.squeeze(2), columns[:, :-1])
+        columns[:, -1] = 1.0
+        to.squeeze(2).baddbmm_(conv.matrix.expand(batch, -1, -1), columns)
+        return to
+
+    def _rows(self, conv: Conv, x: Tensor) -> Tensor:
+        """ELU of `x [B, C, 1, L]` between its padding, in an odd number of rows of one stride:
+        `[B, 2n + 1, C · stride]`. The channels keep stretches of neighbouring samples, or reading would be slow."""
+        stride, left, length = conv.stride, conv.left, x.shape[-1]
+        frames, x = math.ceil(length / stride), x.squeeze(2)
+        right, spare = conv.right + frames * stride - length, stride * (frames % 2)
+        if self.reflect:
+            before, after = x[..., 1 : left + 1].flip(-1), x[..., length - 1 - right : length - 1].flip(-1)
+        else:
+            before, after = x.new_zeros(*x.shape[:2], left), x.new_zeros(*x.shape[:2], right)
+        whole = (left + length) // stride
+        start, stop = stride - left, whole * stride - left
+        head = torch.cat([before, x[..., :start]], dim=-1)
+        end = torch.cat([x[..., stop:], after, x.new_zeros(*x.shape[:2], spare)], dim=-1)
+        rows = x.new_empty(len(x), frames + 1 + frames % 2, x.shape[1] * stride)
+        for part, at in ((head, 0), (x[..., start:stop], 1), (end, whole)):
+            count = part.shape[-1] // stride
+            room = rows[:, at : at + count].unflatten(-1, (x.shape[1], stride))
+            self._elu(part.unflatten(-1, (count, stride)).transpose(1, 2), room)
+        return rows
 
     def _apply(self, conv: Conv, x: Tensor, *, activate: bool = False) -> Tensor:
         """ELU (where asked for), padding, convolution."""
@@ -236,6 +283,8 @@ class Encoder:
             if spare:
                 padded[..., -spare:] = 0.0
             x = padded
+        if conv.matrix is not None:
+            return _multiply(conv.matrix, x.squeeze(2), conv.weight.shape[-1]).unsqueeze(2)
         if conv.halves:
             return torch.cat([_downsample(conv.halves, conv.bias, item, conv.stride) for item in x])[..., :frames]
         return F.conv2d(x, conv.weight, conv.bias, stride=(1, conv.stride), dilation=(1, conv.dilation))
@@ -243,7 +292,7 @@ class Encoder:
     def _elu(self, x: Tensor, out: Tensor) -> None:
         """ELU of `x` into `out`; on the CPU as max(x, min(2^(x·log2 e), 1) - 1), half the time of `expm1`."""
         if not self.on_cpu:
-            out.copy_(F.elu(x))
+            torch.ops.aten.elu.out(x, out=out)
             return
         torch.mul(x, math.log2(math.e), out=out)
         out.exp2_().clamp_max_(1.0).sub_(1.0)
@@ -251,6 +300,10 @@ class Encoder:
 
     def quantise(self, latents: Tensor) -> Tensor:
         """Latents `[B, D, T]` to codes `[B, K, T]` int64: at each level the nearest entry to what is left."""
+        with _exact(latents.device):
+            return self._quantise(latents)
+
+    def _quantise(self, latents: Tensor) -> Tensor:
         batch, width, frames = latents.shape
         rows = latents.transpose(1, 2).reshape(-1, width)
         codes = torch.empty((len(self.books), len(rows)), dtype=torch.int64, device=rows.device)
@@ -264,10 +317,47 @@ class Encoder:
         return codes.reshape(len(self.books), batch, frames).transpose(0, 1)
 
 
-def _halves(weight: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A kernel of two strides `[C_out, C_in, 2 · stride]` as matrices `[stride · C_in, C_out]`: halves and sum."""
-    first, second = (half.permute(2, 1, 0).flatten(0, 1).contiguous() for half in weight.split(stride, dim=2))
+def _halves(weight: Tensor, stride: int, on_cpu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A kernel of two strides `[C_out, C_in, 2 · stride]` as matrices, halves and sum: `[stride · C_in, C_out]` on a
+    CPU, `[C_out, C_in · stride]` on a GPU."""
+    halves = weight.split(stride, dim=2)
+    first, second = ((h.permute(2, 1, 0).flatten(0, 1) if on_cpu else h.flatten(1)).contiguous() for h in halves)
     return first, second, first + second
+
+
+def _matrix(weight: Tensor, bias: Tensor) -> Tensor:
+    """A kernel `[C_out, C_in, kernel]` and its bias as one matrix `[C_out, C_in · kernel + 1]`, its columns together:
+    C_out is a round number of bytes and the other is not."""
+    return torch.cat([weight.flatten(1), bias[:, None]], dim=1).t().contiguous().t()
+
+
+def _multiply(matrix: Tensor, x: Tensor, kernel: int) -> Tensor:
+    """A convolution of `x [B, C, L + kernel - 1]` as one product, every sample under its kernel copied:
+    `[B, C_out, L]`."""
+    windows = x.unfold(-1, kernel, 1).transpose(2, 3)
+    columns = x.new_empty(len(x), matrix.shape[1], windows.shape[-1])
+    columns[:, :-1].unflatten(1, (x.shape[1], kernel)).copy_(windows)
+    columns[:, -1] = 1.0
+    return torch.bmm(matrix.expand(len(x), -1, -1), columns)
+
+
+def _downsample_batch(halves: tuple[Tensor, Tensor, Tensor], bias: Tensor, rows: Tensor) -> Tensor:
+    """`_downsample` for a GPU: `rows [B, 2n + 1, C · stride]` to `[B, C_out, 1, 2n]`, all items in one product.
+
+    The products come out channels first, so the pass that adds them also puts the frames in their order.
+    """
+    first, second, both = (half.expand(len(rows), -1, -1) for half in halves)
+    middle = rows[:, 1::2]
+    (batch, pairs, width), wide = middle.shape, both.shape[1]
+    apart = rows.new_empty(batch, pairs, 2, width)
+    torch.sub(rows.unfold(1, 3, 2)[..., ::2].movedim(-1, 2), middle.unsqueeze(2), out=apart)
+    products = rows.new_empty(3, batch, wide, pairs)
+    torch.bmm(first, apart[:, :, 0].mT, out=products[0])
+    torch.bmm(second, apart[:, :, 1].mT, out=products[1])
+    torch.baddbmm(bias[:, None], both, middle.mT, out=products[2])
+    out = rows.new_empty(batch, wide, pairs, 2)
+    torch.add(products[:2].permute(1, 2, 3, 0), products[2].unsqueeze(-1), out=out)
+    return out.flatten(2).unsqueeze(2)
 
 
 def _downsample(halves: tuple[Tensor, Tensor, Tensor], bias: Tensor, x: Tensor, stride: int) -> Tensor:
@@ -291,11 +381,25 @@ def _on_cpu(weight: Tensor) -> bool:
     return weight.device.type == "cpu"
 
 
-def _exact(device: torch.device) -> AbstractContextManager[Any]:
-    """On a GPU: no rounding to TF32 and the same algorithms every time, or codes would follow neither CPU nor run."""
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """On a GPU: no rounding to TF32, whatever is set elsewhere, and the same algorithms every time, or codes would
+    follow neither CPU nor run."""
     if device.type != "cuda":
-        return nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    kinds: Any = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+    precisions, ways = [kind.fp32_precision for kind in kinds], (cudnn.enabled, cudnn.benchmark, cudnn.deterministic)
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        cudnn.enabled, cudnn.benchmark, cudnn.deterministic = True, False, True
+        yield
+    finally:
+        cudnn.enabled, cudnn.benchmark, cudnn.deterministic = ways
+        for kind, precision in zip(kinds, precisions):
+            kind.fp32_precision = precision
 
 
 def _argmax(scores: Tensor) -> Tensor:

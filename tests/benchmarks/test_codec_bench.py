@@ -67,6 +67,12 @@ def test_the_gpu_s_section_runs_small(tmp_path: Path, capsys: pytest.CaptureFixt
     found = json.loads(out.read_text())["sections"]["codec"]
     assert found["2 clips"]["times_real_time"] > 0 and found["3 clips"]["seconds"] > 0
     assert found["codes_equal_to_cpu"] > 0.995
+    size = codecs.CodecConfig(num_filters=4, hidden_size=16)
+    assert found["parameters"] == sum(p.numel() for p in codecs.build(size).parameters())
+    case = found["3 clips"]
+    reached = 3 * found["clip_seconds"] * 2 * bench.mac_per_second(codecs.build(size)) / case["seconds"] / 1e12
+    assert case["tflop_per_second"] == pytest.approx(reached) and case["floor_tflop_per_second"] > 0
+    assert case["share_of_floor"] == pytest.approx(reached / case["floor_tflop_per_second"])
     assert "3 clips" in capsys.readouterr().out
 
 

@@ -44,9 +44,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("wide", [1, 64])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_way_of_the_gpu_is_that_network_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One block, plain convolutions, all rows at once: run here on a CPU."""
+def test_the_way_of_the_gpu_is_that_network_too(name: str, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block, products of matrices or plain convolutions, all rows at once: run here on a CPU."""
+    monkeypatch.setattr(seanet, "WIDE", wide)
     model = network(**VARIANTS[name])
     audio = music(2, model.config.audio_channels, 40_123)
     with torch.no_grad():
@@ -54,16 +56,78 @@ def test_the_way_of_the_gpu_is_that_network_too(name: str, monkeypatch: pytest.M
     monkeypatch.setattr(seanet, "_on_cpu", lambda weight: False)
     codec = codecs.Codec(model, name)
     assert codec.encoder is not None and not codec.encoder.on_cpu
+    assert all((stage.down.halves is not None) == (wide == 1) for stage in codec.encoder.stages)
     assert float((codec.encode(audio) == expected).float().mean()) > 0.999
 
 
-def test_the_way_of_the_gpu_never_asks_the_host() -> None:
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padding", ["reflect", "constant"])
+def test_both_ways_agree_at_every_length(padding: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Odd and even numbers of frames at each stage, whole ones and not, items alone and several, also split."""
+    monkeypatch.setattr(seanet, "WIDE", 1)
+    for ratios in ([4, 4, 5, 8], [8, 5, 4, 2]):
+        model = network(pad_mode=padding, use_causal_conv=causal, upsampling_ratios=ratios)
+        on_cpu = codecs.Codec(model, "small").encoder
+        with monkeypatch.context() as patch:
+            patch.setattr(seanet, "_on_cpu", lambda weight: False)
+            on_gpu = seanet.Encoder(model, len(on_cpu.books))
+        hop = model.config.hop_length
+        for samples in (16 * hop, 17 * hop, 20 * hop + 1, 20 * hop - 1, 23 * hop + hop // 2 + 3, 61 * hop - hop // 8):
+            for batch, limit in ((1, 1000), (3, 1000), (3, 20)):
+                monkeypatch.setattr(seanet, "SEGMENT_FRAMES", {"cpu": limit})
+                audio = music(batch, 1, samples)
+                with torch.no_grad():
+                    expected, found = on_cpu.latents(audio), on_gpu.latents(audio)
+                case = (ratios, samples, batch, limit)
+                assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max())), case
+                assert torch.equal(on_gpu.quantise(expected), on_cpu.quantise(expected)), case
+                assert (on_gpu.quantise(found) == on_cpu.quantise(expected)).float().mean() > 0.995, case
+
+
+@pytest.mark.parametrize("wide", [1, 64])
+def test_the_way_of_the_gpu_never_asks_the_host(wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensors that have a device and no values: whoever reads one, or brings one of the CPU's, is caught."""
+    monkeypatch.setattr(seanet, "WIDE", wide)
     encoder = codecs.Codec(network(), "small").to("meta").encoder
     assert encoder is not None
     with torch.no_grad():
         codes = encoder.quantise(encoder.latents(music(2, 1, 40_123).to("meta")))
     assert codes.is_meta and codes.shape == (2, 4, 63)
+
+
+def precisions() -> list[Any]:
+    """How a GPU is to multiply float32, and how cuDNN chooses its ways."""
+    cudnn: Any = torch.backends.cudnn
+    kinds: Any = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+    return [kind.fp32_precision for kind in kinds] + [cudnn.enabled, cudnn.benchmark, cudnn.deterministic]
+
+
+@pytest.mark.parametrize("asked", ["as it is", "legacy", "products", "everything"])
+def test_a_gpu_rounds_nothing_and_is_left_as_it_was(asked: str) -> None:
+    """Whatever the user set, by whichever of torch's interfaces, also where encoding fails."""
+    everything: Any = torch.backends
+    cudnn, matmul, untouched = everything.cudnn, everything.cuda.matmul, precisions()
+    legacy, common = torch.get_float32_matmul_precision(), everything.fp32_precision
+    try:
+        if asked == "legacy":
+            torch.set_float32_matmul_precision("high")
+        if asked == "products":
+            matmul.fp32_precision, cudnn.benchmark = "tf32", True
+        if asked == "everything":
+            everything.fp32_precision = "tf32"
+        before = precisions()
+        with pytest.raises(ValueError, match="midway"), seanet._exact(torch.device("cuda")):
+            assert precisions() == ["ieee", "ieee", "ieee", True, False, True]
+            raise ValueError("midway")
+        assert precisions() == before
+        with seanet._exact(torch.device("cpu")):
+            assert precisions() == before
+    finally:
+        everything.fp32_precision = common
+        if asked == "legacy":
+            torch.set_float32_matmul_precision(legacy)
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, matmul.fp32_precision = untouched[:3]
+        cudnn.benchmark = untouched[4]
 
 
 @pytest.mark.parametrize("wide", [1, 64])
