@@ -191,6 +191,8 @@ class MusicLMModule(pl.LightningModule):
         """Update the weights; the step is then complete and the average follows."""
         self.used_learning_rate = self.learning_rate
         super().optimizer_step(*args, **kwargs)
+        # Lightning drops gradients only after the next forward pass, whose activations would lie beside the old ones.
+        self.trainer.optimizers[0].zero_grad(set_to_none=True)
         self.progress.step += 1
         if self.progress.step % self.optim_config.ema_every == 0:
             self.ema.update(self.lm)
