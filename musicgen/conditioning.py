@@ -59,6 +59,15 @@ class Tokens:
         return Tokens(change(self.ids), change(self.mask), change(self.rows))
 
 
+def padded(hidden: Tensor, mask: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """Hidden states `[B, L, E]` and their mask `[B, L]` with masked places behind, up to a multiple of `multiple`.
+
+    A model hears the same in them; a compiled one then sees few lengths, each of which takes a graph of its own.
+    """
+    more = -hidden.shape[1] % multiple
+    return nn.functional.pad(hidden, (0, 0, 0, more)), nn.functional.pad(mask, (0, more))
+
+
 class CaptionTokenizer:
     """The tokenising half of an encoder: small, picklable, for data-loader workers.
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from musicgen import patterns
-from musicgen.conditioning import TextEncoder
+from musicgen.conditioning import TextEncoder, padded
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
 from musicgen.style import Latents
@@ -46,6 +46,7 @@ class MusicLMModule(pl.LightningModule):
         prepare: (model, device) recomputes, compiles and shards the model once processes talk to each other.
         resume: the run's `state/` to go on from at `progress.step`; None starts anew.
         latents: the codec's frozen codebooks, for a model with a style.
+        compiled: whether `prepare` compiles blocks: captions are then padded to a few lengths.
     """
 
     def __init__(
@@ -62,12 +63,13 @@ class MusicLMModule(pl.LightningModule):
         prepare: Callable[[nn.Module, torch.device], None] | None = None,
         resume: Path | None = None,
         latents: Latents | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.lm = lm
         self.optim_config, self.total_steps = config, total_steps
         self.crop_frames, self.accumulate, self.frame_rate = crop_frames, accumulate, frame_rate
-        self.seed = seed
+        self.seed, self.compiled = seed, compiled
         self.draws = lm.config.dropout > 0 or any(isinstance(m, nn.Dropout) and m.p > 0 for m in lm.modules())
         self._prepare, self.resume = prepare, resume
         self.progress = state.Progress(accumulate=accumulate)
@@ -107,6 +109,8 @@ class MusicLMModule(pl.LightningModule):
         hidden, mask = text if text is not None else self.encoder.encode(batch.tokens or batch.texts)
         if text is None:
             self.phases.mark("text")
+        if self.compiled:
+            hidden, mask = padded(hidden, mask, strategy.TEXT_MULTIPLE)
         inputs, targets, scored = patterns.training_columns(
             batch.codes.long(), config.special_id, valid=batch.valid, pattern=config.pattern, tail=config.tail
         )

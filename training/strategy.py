@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from training.launch import Launched
 
 
+TEXT_MULTIPLE = 32  # tokens: compiled blocks hear captions of few lengths, since each takes a graph of its own
+GRAPHS = 64  # of a compiled block; beyond its limit (8 unless raised) dynamo goes on uncompiled, with a warning at most
+
+
 @dataclass(frozen=True)
 class HardwareConfig:
     """Where a run computes.
@@ -202,12 +206,21 @@ def prepare(lm: nn.Module, config: HardwareConfig, plan: Plan, device: torch.dev
     Called on every rank once processes talk to each other. Under sharding rank 0's weights are the ones that count.
     """
     blocks: list[Any] = list(lm.transformer.layers)  # type: ignore[union-attr, arg-type]
+    if config.compiles:
+        _allow_graphs()
     for block in blocks:
         recompute(block, plan)
         if config.compiles:
             block.forward = torch.compile(block.forward, dynamic=False)
     if plan.shards > 1:
         _shard(lm, blocks, config, plan, device)
+
+
+def _allow_graphs() -> None:
+    """Let dynamo keep a graph for training, for validation and for each length of captions."""
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, GRAPHS)  # type: ignore[attr-defined]
 
 
 def recompute(block: Any, plan: Plan) -> None:

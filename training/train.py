@@ -337,6 +337,7 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
         prepare=lambda model, device: strategy.prepare(model, hardware, plan, device),
         resume=folder / "state" if start else None,
         latents=latents,
+        compiled=hardware.compiles,
     )
     if before is not None:
         module.progress = dataclasses.replace(before, accumulate=plan.accumulate)

@@ -1,7 +1,10 @@
 """What a step leaves behind, and that a GPU's ways of scoring a batch give what the plain way gives."""
 
+import dataclasses
+
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from musicgen.conditioning import TextEncoder
 from musicgen.config import ConditionConfig, LMConfig
@@ -51,3 +54,27 @@ def test_no_gradient_outlasts_its_step(shards: ShardSet, encoder: TextEncoder, m
     trainer.fit(module, train_dataloaders=data.training_loader(data.Stream(shards, BATCH, seed=1)))
     assert found == [False, True] * 3
     assert not any(torch.equal(p, old) for p, old in zip(module.parameters(), before) if p.ndim > 1)
+
+
+@pytest.mark.parametrize("melody", [False, True])
+def test_captions_of_one_bucket_take_one_graph(shards: ShardSet, encoder: TextEncoder, melody: bool) -> None:
+    """And the loss is that of the plain way, where the text is heard by cross-attention or stands in the prefix."""
+    condition = dataclasses.replace(SHAPE.condition, melody=melody, chroma_frames=6)
+    shape = dataclasses.replace(SHAPE, num_layers=1, cross_attention=not melody, condition=condition)
+    plain, compiled = module_of(encoder, shape), module_of(encoder, shape, compiled=True)
+    compiles = dataclasses.replace(HARDWARE, compile="on")
+    run = train.TrainConfig(lm=shape, batch=BATCH, hardware=compiles, steps=3)
+    plan = budget.choose(train.task_of(run), devices.device_here(1, False), 1, **train.layout_settings(run))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        strategy.prepare(compiled.lm, compiles, plan, torch.device("cpu"))
+        assert torch._dynamo.config.recompile_limit == strategy.GRAPHS
+        batch = data.Stream(shards, BATCH, seed=1).batch(0, 0)
+        graphs = []
+        for words in (0, 3, 9, 20, 40):
+            batch.texts = [None, "drums " * words, *["a slow waltz" if words else None] * (len(batch.texts) - 2)]
+            sums, counts = compiled.score(batch)
+            torch.testing.assert_close((sums, counts), plain.score(batch))
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1, 1, 1, 2]
