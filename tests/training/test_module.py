@@ -60,7 +60,7 @@ def test_no_gradient_outlasts_its_step(shards: ShardSet, encoder: TextEncoder, m
 def test_captions_of_one_bucket_take_one_graph(shards: ShardSet, encoder: TextEncoder, melody: bool) -> None:
     """And the loss is that of the plain way, where the text is heard by cross-attention or stands in the prefix."""
     condition = dataclasses.replace(SHAPE.condition, melody=melody, chroma_frames=6)
-    shape = dataclasses.replace(SHAPE, num_layers=1, cross_attention=not melody, condition=condition)
+    shape = dataclasses.replace(SHAPE, cross_attention=not melody, condition=condition)
     plain, compiled = module_of(encoder, shape), module_of(encoder, shape, compiled=True)
     compiles = dataclasses.replace(HARDWARE, compile="on")
     run = train.TrainConfig(lm=shape, batch=BATCH, hardware=compiles, steps=3)
