@@ -208,7 +208,8 @@ def memory_by_part(
     if not lm.cross_attention:  # the text in the prefix asks for a mask, one for all layers
         kept += micro * low * (s + prefix(lm)) ** 2
     heads = lm.num_codebooks * (micro * s * lm.dim * (low + 4) + 4.0 * lm.codebook_size * lm.dim)
-    heads += 4 * 4.0 * loss.CHUNK_ROWS * lm.codebook_size
+    rows = loss.chunk_rows("cpu" if device.is_cpu else "cuda", lm.codebook_size)
+    heads += (low + 2 * 4.0) * min(rows, micro * s) * lm.codebook_size  # logits, the same and their softmax in float32
     # The loss is there before the first layer is made again.
     activations = kept + (max(layer - heads, 0.0) if checkpointing != "none" else 0.0)
     if shards > 1:  # two blocks gathered and one arriving, the gradient of one on its way; the root stays whole

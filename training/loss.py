@@ -9,14 +9,76 @@ Source: Copet et al. 2023, section 3; audiocraft `solvers/musicgen.py::_compute_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-CHUNK_ROWS = 1024  # logits of this many positions exist at a time: 8 MB in float32 for 2048 codes
+CHUNK_ROWS = 1024  # logits of this many positions exist at a time on a CPU: 8 MB in float32 for 2048 codes
+CHUNK_BYTES = 2**27  # of float32 logits on a GPU, where each chunk costs its launches: 16,384 positions for 2048 codes
+
+Chunk = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Tensor | None]]
+
+
+def chunk_rows(device_type: str, codebook_size: int) -> int:
+    """Positions whose logits exist at a time, on a `cpu` or a GPU."""
+    return CHUNK_ROWS if device_type == "cpu" else max(CHUNK_BYTES // (4 * codebook_size), 1)
+
+
+def _chunk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, scored: Tensor | None, learns: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Summed cross-entropy of some positions and, where something learns, the gradient of their logits.
+
+    Args:
+        hidden: `[R, D]`, and `weight` `[V, D]` of the head, in the type of the matrix product.
+        targets: `[R]` long.
+        scored: `[R]` bool, which of them count; None is all.
+
+    Returns:
+        float32 `[]`, and `[R, V]` in the type of `hidden`.
+    """
+    p = torch.softmax(hidden @ weight.t(), dim=-1, dtype=torch.float32)
+    at = targets[:, None]
+    # A probability that underflows counts as 1e-38 in the sum; its gradient stays exact.
+    of_target = p.gather(1, at)
+    logs = of_target.clamp(min=1e-38).log()
+    if scored is not None:
+        logs = logs.where(scored[:, None], 0.0)
+    total = -logs.sum()
+    if not learns:
+        return total, None
+    p.scatter_(1, at, of_target - 1)
+    if scored is not None:
+        p = p.where(scored[:, None], 0.0)
+    return total, p.to(hidden.dtype)
+
+
+def _fusible_chunk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, scored: Tensor | None, learns: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As `_chunk`, without gather and scatter: compiled, a row's logits are read once and its gradient written once."""
+    logits = (hidden @ weight.t()).float()
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    log_sum = logits.logsumexp(dim=1, keepdim=True)
+    losses = log_sum[:, 0] - logits.where(is_target, 0.0).sum(dim=1)
+    if scored is not None:
+        losses = losses.where(scored, 0.0)
+    if not learns:
+        return losses.sum(), None
+    gradient = (logits - log_sum).exp() - is_target.float()
+    if scored is not None:
+        gradient = gradient.where(scored[:, None], 0.0)
+    return losses.sum(), gradient.to(hidden.dtype)
+
+
+@functools.cache
+def _compiled_chunk() -> Chunk:
+    """Chunks have two sizes, full ones and the rest of a batch, so two graphs for each size of batch."""
+    return torch.compile(_fusible_chunk, dynamic=False)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
@@ -29,7 +91,14 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scored: Tensor | None, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scored: Tensor | None,
+        dtype: torch.dtype,
+        size: int,
+        chunk: Chunk,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         low_weight = weight.to(dtype)
@@ -37,24 +106,15 @@ class _HeadCrossEntropy(torch.autograd.Function):
         # A frozen head (an adapter's base) needs no gradient of its own, a validation none at all.
         head_learns = ctx.needs_input_grad[1]
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if head_learns else None
-        for start in range(0, len(hidden), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
             low_hidden = hidden[rows].to(dtype)
-            p = torch.softmax(low_hidden @ low_weight.t(), dim=-1, dtype=torch.float32)
-            at = targets[rows, None]
-            # A probability that underflows counts as 1e-38 in the sum; its gradient stays exact.
-            of_target = p.gather(1, at)
-            logs = of_target.clamp(min=1e-38).log()
-            if scored is not None:
-                logs = logs.where(scored[rows, None], 0.0)
-            total -= logs.sum()
-            if not any(ctx.needs_input_grad):
+            counts = None if scored is None else scored[rows]
+            part, low = chunk(low_hidden, low_weight, targets[rows], counts, any(ctx.needs_input_grad))
+            total += part
+            if low is None:
                 continue
-            p.scatter_(1, at, of_target - 1)
-            if scored is not None:
-                p = p.where(scored[rows, None], 0.0)
-            low = p.to(dtype)
-            grad_hidden[rows] = low @ low_weight
+            torch.mm(low, low_weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight += low.t() @ low_hidden
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -66,11 +126,18 @@ class _HeadCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         types = ctx.types
         of_weight = None if grad_weight is None else (grad_weight * grads[0]).to(types[1])
-        return (grad_hidden * grads[0]).to(types[0]), of_weight, None, None, None
+        return (grad_hidden * grads[0]).to(types[0]), of_weight, None, None, None, None, None
 
 
 def cross_entropy_sums(
-    hidden: Tensor, heads: Sequence[nn.Linear], targets: Tensor, mask: Tensor, *, select: bool | None = None
+    hidden: Tensor,
+    heads: Sequence[nn.Linear],
+    targets: Tensor,
+    mask: Tensor,
+    *,
+    select: bool | None = None,
+    rows: int = 0,
+    compiled: bool = False,
 ) -> Tensor:
     """Sum of the cross-entropy over each codebook's targets.
 
@@ -81,6 +148,8 @@ def cross_entropy_sums(
         mask: `[B, K, S]` bool, true where a target counts; other cells give neither loss nor gradient.
         select: take those cells out first, which is less work, or compute all and erase the others, because choosing
             makes a GPU's host wait for it. By default the first on a CPU, the second on a GPU.
+        rows: positions whose logits exist at a time; 0 takes what suits the device (`chunk_rows`).
+        compiled: one kernel for what lies between the matrix products, on a GPU; a CPU's way stays as it is.
 
     Returns:
         float32 `[K]`, differentiable.
@@ -88,6 +157,7 @@ def cross_entropy_sums(
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     select = kind == "cpu" if select is None else select
+    chunk = _compiled_chunk() if compiled and kind != "cpu" else _chunk
     sums = []
     with torch.autocast(kind, enabled=False):
         for k, head in enumerate(heads):
@@ -99,7 +169,8 @@ def cross_entropy_sums(
             else:
                 ids = targets[:, k].where(chosen, 0).flatten()
                 cells = hidden.flatten(0, 1), weight, ids, chosen.flatten()
-            sums.append(_HeadCrossEntropy.apply(*cells, dtype))
+            size = rows or chunk_rows(kind, len(weight))
+            sums.append(_HeadCrossEntropy.apply(*cells, dtype, size, chunk))
     return torch.stack(sums)
 
 

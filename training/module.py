@@ -46,7 +46,8 @@ class MusicLMModule(pl.LightningModule):
         prepare: (model, device) recomputes, compiles and shards the model once processes talk to each other.
         resume: the run's `state/` to go on from at `progress.step`; None starts anew.
         latents: the codec's frozen codebooks, for a model with a style.
-        compiled: whether `prepare` compiles blocks: captions are then padded to a few lengths.
+        compiled: whether `prepare` compiles blocks: captions are then padded to a few lengths, and on a GPU the
+            loss is compiled too.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class MusicLMModule(pl.LightningModule):
         heads: list[Any] = list(self.lm.linears)
         style = None if batch.style is None or self._latents is None else self._latents(batch.style)
         heard = self.lm.hidden(inputs, hidden, mask, chroma=batch.chroma, attributes=batch.attributes, style=style)
-        sums = loss.cross_entropy_sums(heard, heads, targets, scored)
+        sums = loss.cross_entropy_sums(heard, heads, targets, scored, compiled=self.compiled)
         limits = patterns.scored_frames(
             self.crop_frames, config.num_codebooks, pattern=config.pattern, tail=config.tail
         )

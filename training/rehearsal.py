@@ -98,7 +98,8 @@ class _Rehearsal:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=plan.task.bf16):
             heard = self.lm(inputs, text, torch.ones(text.shape[:2], dtype=torch.bool))
             heads: list[Any] = list(self.lm.linears)
-            sums = loss.cross_entropy_sums(heard, heads, targets, scored, select=False)
+            rows = loss.chunk_rows("cuda", plan.task.lm.codebook_size)
+            sums = loss.cross_entropy_sums(heard, heads, targets, scored, select=False, rows=rows)
             value = loss.mean_over_codebooks(sums, torch.full_like(sums, float(plan.micro * plan.task.frames)))
         value.backward()
 
