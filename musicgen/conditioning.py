@@ -29,6 +29,8 @@ from musicgen.errors import UserError
 
 CLAP_MAX_TOKENS = 77  # what CLAP was trained with; a longer caption is cut
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+# Their attention adds a ready mask of numbers to its scores, in every implementation that these names stand for.
+_TAKE_READY_MASKS, _ADDING = ("bert", "t5", "mt5", "umt5"), ("eager", "sdpa")
 _T5_TYPES = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 
 
@@ -162,8 +164,9 @@ class TextEncoder:
             return torch.zeros(batch, 1, self.dim, device=device), torch.zeros(
                 batch, 1, dtype=torch.bool, device=device
             )
+        seen = self.ready_mask(tokens.mask) if device.type == "cuda" else tokens.mask
         with torch.autocast(device.type, enabled=False):
-            states = self.model(input_ids=tokens.ids, attention_mask=tokens.mask)
+            states = self.model(input_ids=tokens.ids, attention_mask=seen)
         known = tokens.mask.bool()
         if self._is_clap:  # one embedding for the whole caption, of length 1 as those that audio is compared with
             hidden = torch.nn.functional.normalize(states.text_embeds.float(), dim=-1)[:, None]
@@ -174,6 +177,19 @@ class TextEncoder:
         hidden = torch.cat([hidden, hidden.new_zeros(1, *hidden.shape[1:])])
         mask = torch.cat([known, known.new_zeros(1, known.shape[1])])
         return hidden[tokens.rows], mask[tokens.rows]
+
+    def ready_mask(self, mask: Tensor) -> Tensor:
+        """A mask `[U, L]` as the numbers `[U, 1, L, L]` that attention adds, where the encoder takes them; else itself.
+
+        Of a mask of two dimensions transformers asks whether it is all true, for which a GPU's host waits until the
+        whole queue before it is empty.
+        """
+        config: Any = self.model.config
+        if config.model_type not in _TAKE_READY_MASKS or config._attn_implementation not in _ADDING:
+            return mask
+        least = torch.finfo(torch.float32).min
+        added = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask.bool(), least)
+        return added[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
 
     @property
     def max_tokens(self) -> int | None:

@@ -1,6 +1,7 @@
 """What a step leaves behind, and that a GPU's ways of scoring a batch give what the plain way gives."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -78,3 +79,49 @@ def test_captions_of_one_bucket_take_one_graph(shards: ShardSet, encoder: TextEn
             torch.testing.assert_close((sums, counts), plain.score(batch))
             graphs.append(counters["stats"]["unique_graphs"])
     assert graphs == [1, 1, 1, 1, 2]
+
+
+def kinds() -> dict[str, Any]:
+    import transformers as tf
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 31000, "d_model": 24, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 3}
+    made = {
+        "t5": tf.T5EncoderModel(tf.T5Config(**shape)),
+        "mt5": tf.MT5EncoderModel(tf.MT5Config(**shape)),
+        "umt5": tf.UMT5EncoderModel(tf.UMT5Config(**shape)),
+    }
+    for model in made.values():  # a fresh bias is next to nothing
+        for block in model.encoder.block:
+            torch.nn.init.normal_(block.layer[0].SelfAttention.q.weight)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["minilm", "t5", "mt5", "umt5"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_ready_mask_gives_the_same_states(encoder: TextEncoder, kind: str, attention: str) -> None:
+    """On a GPU the host would wait for its queue over a plain one."""
+    other = TextEncoder(kind, encoder.model if kind == "minilm" else kinds()[kind], encoder.tokenizer)
+    other.model.set_attn_implementation(attention)
+    tokens = other.tokenize(["a slow waltz for strings", "drums", "one two three four five six seven eight"])
+    assert not tokens.mask.all()
+    ready, known = other.ready_mask(tokens.mask), tokens.mask.bool()
+    assert ready.shape == (3, 1, *[tokens.mask.shape[1]] * 2)
+    try:
+        plain, given, unmasked = (
+            other.model(input_ids=tokens.ids, attention_mask=mask).last_hidden_state[known]
+            for mask in (tokens.mask, ready, torch.ones_like(tokens.mask))
+        )
+    finally:
+        encoder.model.set_attn_implementation("sdpa")  # type: ignore[operator]
+    torch.testing.assert_close(given, plain, atol=1e-6, rtol=1e-5)
+    assert (unmasked - plain).abs().max() > 1e-3
+
+
+def test_other_attention_keeps_its_mask(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = torch.ones(1, 4, dtype=torch.long)
+    monkeypatch.setattr(encoder.model.config, "_attn_implementation", "flash_attention_2")
+    assert encoder.ready_mask(mask) is mask
+    monkeypatch.setattr(encoder.model.config, "_attn_implementation", "sdpa")
+    monkeypatch.setattr(encoder.model.config, "model_type", "clap_text_model")
+    assert encoder.ready_mask(mask) is mask
