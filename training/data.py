@@ -120,7 +120,8 @@ class Batch:
         return replace(self, codes=codes, valid=valid, tokens=tokens, chroma=chroma, attributes=attributes, style=style)
 
     def to(self, device: torch.device | str, **options: Any) -> Batch:
-        """The batch with its tensors on a device (Lightning calls this)."""
+        """The batch with its tensors on a device (Lightning calls this); nobody waits for a GPU's copy."""
+        options.setdefault("non_blocking", torch.device(device).type == "cuda")
         return self._each(lambda tensor: tensor.to(device, **options))
 
     def pin_memory(self) -> Batch:

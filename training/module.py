@@ -31,6 +31,14 @@ class NonFiniteLoss(UserError):
     """The loss or the gradient is not a number; the step's update was not made."""
 
 
+def _beside(numbers: Tensor, like: Tensor) -> Tensor:
+    """Some numbers of the host in the type and place of `like`; nobody waits until a GPU has got to them."""
+    numbers = numbers.to(like.dtype)
+    if like.device.type == "cuda":
+        return numbers.pin_memory().to(like.device, non_blocking=True)
+    return numbers.to(like.device)
+
+
 class MusicLMModule(pl.LightningModule):
     """Training of a `MusicLM`.
 
@@ -123,7 +131,7 @@ class MusicLMModule(pl.LightningModule):
             self.crop_frames, config.num_codebooks, pattern=config.pattern, tail=config.tail
         )
         counts = plan.num_targets(batch.valid_frames, limits)
-        return sums, torch.from_numpy(counts).to(sums)
+        return sums, _beside(torch.from_numpy(counts), sums)
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Loss of one part of a step, scaled so that all parts of all ranks add up to the global batch's mean."""

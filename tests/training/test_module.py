@@ -125,3 +125,36 @@ def test_other_attention_keeps_its_mask(encoder: TextEncoder, monkeypatch: pytes
     monkeypatch.setattr(encoder.model.config, "_attn_implementation", "sdpa")
     monkeypatch.setattr(encoder.model.config, "model_type", "clap_text_model")
     assert encoder.ready_mask(mask) is mask
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_makes_a_part_without_waiting(shards: ShardSet, encoder: TextEncoder, compiled: bool) -> None:
+    """From the batch in page-locked memory to the gradients, and what is found is what the CPU finds."""
+    stream = data.Stream(shards, BATCH, seed=1, tokenize=encoder.tokenize)
+    pinned = stream.batch(1, 0).pin_memory()
+    module = module_of(encoder)
+    expected = module.score(pinned)
+    module, device = module_of(encoder, compiled=compiled).cuda(), torch.device("cuda")
+    encoder.to(device)
+    try:
+        module.score(pinned.to(device))  # kernels are chosen, layouts sent
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        sums, counts = module.score(pinned.to(device))
+        (sums / counts).mean().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        encoder.to("cpu")
+    torch.testing.assert_close((sums.cpu(), counts.cpu()), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_a_batch_goes_to_a_gpu_unwaited(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    batch = data.Stream(shards, BATCH, seed=1).batch(0, 0)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **options: asked.append(options) or tensor)
+    batch.to("cuda:0")
+    assert asked and all(options["non_blocking"] for options in asked)
+    asked.clear()
+    batch.to(torch.device("cpu"))
+    assert asked and not any(options["non_blocking"] for options in asked)
