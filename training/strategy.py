@@ -9,7 +9,8 @@ Which of these a run takes is decided by `training.budget` unless the settings s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,7 +47,7 @@ class HardwareConfig:
         shard_group: ranks that share one copy under `hybrid`; 0 takes the ranks of a node.
         checkpointing: what is recomputed in the backward pass: `none`; `selective` all but matrix products and
             attention; `full` whole blocks; `auto` the least with which the batch fits.
-        compile: compile each block; `auto` does so on GPUs.
+        compile: compile each block, and the loss on a GPU; `auto` does so on GPUs.
     """
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -94,6 +95,16 @@ def check(config: HardwareConfig) -> None:
             f"hardware.devices is {config.devices}, but this machine shows {torch.cuda.device_count()} GPUs; "
             "lower it or set --hardware.accelerator cpu"
         )
+
+
+def let_memory_grow(config: HardwareConfig, env: MutableMapping[str, str] = os.environ) -> None:
+    """Let torch extend the memory it holds of a GPU instead of taking more pieces, unless the user has set how.
+
+    Near the limit the pieces of one step may fit none of the next, and torch gives all back and asks anew. It reads
+    this when it first touches a GPU.
+    """
+    if config.uses_gpu and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & env.keys():
+        env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def build_trainer(

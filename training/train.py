@@ -276,6 +276,7 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
     rank, hardware = launched.rank, launch.fitted(config.hardware, launched)
     config = dataclasses.replace(config, hardware=hardware)
     is_zero = rank == 0
+    strategy.let_memory_grow(hardware)
     strategy.check(hardware)
     shards = sources.open_data(config.data, config.cache, rank=launched.local_rank)
     selection.apply(shards, config.select)

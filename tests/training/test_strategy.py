@@ -1,6 +1,11 @@
 """What a run takes from the hardware that it finds."""
 
+import os
+import subprocess
+import sys
+
 import pytest
+import torch
 
 from training import strategy
 from training.strategy import HardwareConfig
@@ -13,3 +18,27 @@ def test_bf16_only_where_it_is_fast(monkeypatch: pytest.MonkeyPatch, multiplies:
     assert HardwareConfig(accelerator="cpu").number_format == expected
     assert HardwareConfig(accelerator="cpu", precision="bf16").number_format == "bf16"
     assert HardwareConfig(accelerator="gpu").number_format == "bf16"
+
+
+def test_memory_grows_on_a_gpu_unless_the_user_says_how() -> None:
+    gpu, wanted = HardwareConfig(accelerator="gpu"), {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    env: dict[str, str] = {}
+    strategy.let_memory_grow(HardwareConfig(accelerator="cpu"), env)
+    assert not env
+    strategy.let_memory_grow(gpu, env)
+    assert env == wanted
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        given = {name: "max_split_size_mb:64"}
+        strategy.let_memory_grow(gpu, given)
+        assert given == {name: "max_split_size_mb:64"}
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_accelerator_getAllocatorSettings"), reason="this torch doesn't tell")
+def test_torch_reads_it_after_its_import() -> None:
+    words = (
+        "import torch; from training import strategy; strategy.let_memory_grow(strategy.HardwareConfig('gpu')); "
+        "print(torch._C._accelerator_getAllocatorSettings())"
+    )
+    env = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    done = subprocess.run([sys.executable, "-c", words], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "expandable_segments:True"
