@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+TRITON ?= triton==3.7.1
 INDEX  := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 # A prompt travels by the environment, unexpanded, so that quotes and $ survive.
@@ -36,6 +37,8 @@ $(VENV)/.core: requirements.lock pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.core requirements-dev.lock
 	$(PIP) install -q --progress-bar on $(INDEX) -r requirements.lock -r requirements-dev.lock
+	@# Outside the locks: a CUDA build of torch brings the Triton that it pins, a CPU build none; tests interpret its kernels.
+	@$(BIN)/python -c 'import triton' 2>/dev/null || test "$$(uname -sm)" != "Linux x86_64" || $(PIP) install -q --progress-bar on "$(TRITON)"
 	@touch $@
 
 setup: $(VENV)/.core ## virtual environment with the locked versions (TORCH_INDEX=… for another torch build)

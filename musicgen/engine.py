@@ -6,7 +6,8 @@ and returns the logits of the next.
 
 Two ways lead through the same code. On a CPU a position is a number and the cache is sliced. On a GPU it is a tensor
 on the device, the cache is read up to a fixed `span` under a mask, and nothing waits for the host, so that the step
-can be captured as a graph (`musicgen.sampler`).
+can be captured as a graph (`musicgen.sampler`). A third, where Triton is, takes kernels of its own
+(`musicgen.fused`).
 
 Source: Copet et al. 2023, section 3.1, as `musicgen.transformer`, whose results these are up to rounding.
 """
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from musicgen import fused
 from musicgen.conditions import Conditions
 from musicgen.lm import MusicLM
 from musicgen.packing import Precision, pack, stream_dtype
@@ -54,6 +56,7 @@ class Cache:
         visible: `[R, capacity]` bool, which entries a row has; None where every row has all.
         shift: `[R, 1]` int64, by how much a row's positions stay behind its entries; with `visible`.
         position: entries written.
+        room: what the step of `musicgen.fused` writes between its kernels, where that way is taken.
     """
 
     capacity: int
@@ -70,6 +73,7 @@ class Cache:
     visible: Tensor | None = None
     shift: Tensor | None = None
     position: int = 0
+    room: fused.Room | None = None
 
     def rewind(self) -> None:
         """Forget the columns; text and prefix stay."""
@@ -165,10 +169,11 @@ class Engine:
         self.first_row = (books * (self.config.codebook_size + 1))[:, None]
         norm, linears = lm.out_norm, [head for head in lm.linears if isinstance(head, torch.nn.Linear)]
         self.out_norm = (norm.weight.detach().to(self.dtype), norm.bias.detach().to(self.dtype), norm.eps)
-        heads = torch.cat([head.weight.detach() for head in linears])
+        self.head_weight = torch.cat([head.weight.detach() for head in linears])
         # The heads decide between codes and are 2 % of the bytes: they stay at 16 bits where the rest has 8.
         sixteen: Precision = "float16" if self.device.type == "cpu" else "bf16"
-        self.heads = pack(heads, sixteen if precision == "int8" else precision)
+        self.heads = pack(self.head_weight, sixteen if precision == "int8" else precision)
+        self.fused = fused.FusedStep(self, list(blocks)) if fused.runs_kernels(self.device) else None
 
     @torch.no_grad()
     def start(self, conditions: Conditions, columns: int) -> Cache:
@@ -200,6 +205,8 @@ class Engine:
             cache.has_text = has_text[:, None, None].to(self.dtype)
         if conditions.style is not None:
             cache.style = [layer.modulations(conditions.style, self.dtype) for layer in self.layers]
+        if self.fused is not None and conditions.style is None:
+            cache.room = fused.Room(self, cache)
         return cache
 
     def _prefix_length(self, conditions: Conditions) -> int:
@@ -262,6 +269,10 @@ class Engine:
         columns, entry = tokens.shape[2], cache.position
         if entry + columns > cache.capacity:
             raise ValueError(f"the cache holds {cache.capacity} entries, of which {entry} are used")
+        if span is not None and cache.room is not None and self.fused is not None:
+            logits = self.fused(tokens[..., 0], cache, cache.room)
+            cache.at += 1
+            return logits.unflatten(-1, (self.config.num_codebooks, self.config.codebook_size))
         if span is None:
             where = torch.arange(entry, entry + columns, device=self.device)
             mask = self._mask(cache, entry, columns)

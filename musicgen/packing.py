@@ -51,7 +51,7 @@ def pack(weight: Tensor, precision: Precision) -> Product:
     weight = weight.detach()
     dtype = stream_dtype(precision, weight.device)
     if weight.device.type != "cpu":
-        return _int8_on_gpu(weight, dtype) if precision == "int8" else _plain(weight.to(dtype))
+        return OnGpu(*stored(weight, precision))
     if precision in ("float32", "bf16"):
         return _onednn(weight.to(dtype)) if _has_onednn(dtype) else _plain(weight.to(dtype))
     _need_fbgemm(precision)
@@ -79,14 +79,26 @@ def _onednn(weight: Tensor) -> Product:
     return lambda x: ops._linear_pointwise(x, packed, None, "none", [], "")
 
 
-def _int8_on_gpu(weight: Tensor, dtype: torch.dtype) -> Product:
-    quantized, scale = quantize_rows(weight)
-    factor = scale.to(dtype)
-    try:  # torch's kernel for int8 weights, where this build has it for the device and the shape
-        torch._weight_int8pack_mm(weight.new_zeros(2, weight.shape[1], dtype=dtype), quantized, factor)
-    except (RuntimeError, NotImplementedError):
-        return lambda x: F.linear(x, quantized.to(dtype)) * factor
-    return lambda x: torch._weight_int8pack_mm(x.flatten(0, -2), quantized, factor).unflatten(0, x.shape[:-1])
+class OnGpu:
+    """A product as torch does it on a GPU, for any number of rows; for few `musicgen.kernels` reads the same tensors.
+
+    int8 is widened first: torch's own kernel for it took nine times as long for two rows (H200, torch 2.11).
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor | None = None) -> None:
+        self.weight, self.scale = weight, scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return F.linear(x, self.weight)
+        return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+
+
+def stored(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor | None]:
+    """A matrix as a GPU keeps it: in the type of the stream, or int8 with its scales."""
+    if precision == "int8":
+        return quantize_rows(weight)
+    return weight.detach().to(stream_dtype(precision, weight.device)), None
 
 
 def has_fbgemm() -> bool:

@@ -3,8 +3,9 @@
 A `Sampler` owns every buffer of a batch of clips: columns, noise, guidance scales, caches. `begin` lays out a window
 of codes, of which some are given (an audio prompt, or the end of the window before) and the others marked unknown,
 and feeds the given ones at once; `advance` predicts one column: every branch of the guidance in one batch, guidance,
-draw, pattern. Nothing in it waits for the device, so that on a GPU it is captured as a CUDA graph, one per span of
-cache slots, and replayed; the first step of a span runs as it is, which warms the kernels up.
+draw, pattern. Nothing in it waits for the device, so that on a GPU it is captured as a CUDA graph and replayed: one for
+every length where the kernels of `musicgen.fused` are taken, else one per span of cache slots. The first step runs as
+it is, which warms the kernels up.
 
 Random numbers are addressed by (seed, column of the clip, codebook): noise is made for some columns ahead, because
 its many small operations cost the same for one column as for thirty-two.
@@ -160,6 +161,16 @@ class Sampler:
 
     def _say(self, logits: Tensor) -> None:
         """Draw the column after `self.column` from logits `[branches x B, K, V]` and write it where it is unknown."""
+        if self.cache.room is not None and not (self.config.top_p and self.draws):
+            from musicgen import kernels
+
+            noise = self.noise if self.draws else None
+            kernels.say(
+                logits, self.scales, noise, self.columns, self.column, UNKNOWN,
+                top_k=self.config.top_k, temperature=self.config.temperature,
+            )  # fmt: skip
+            self.column += 1
+            return
         if self.branches > 1:
             scales = self.scales.index_select(1, self.column)
             logits = sampling.guide(logits.chunk(self.branches), scales)
@@ -172,6 +183,8 @@ class Sampler:
     def advance_in_spans(self) -> None:
         """The step as a GPU takes it: at a position that stands on the device, over a whole span of entries."""
         span = min(-(-(self.cache.position + 1) // SPAN) * SPAN, self.cache.capacity)
+        if self.cache.room is not None:
+            span = self.cache.capacity  # its kernels read no further than the position: one graph for all
         if span in self.graphs:
             self.graphs[span].replay()
         elif self.capture and span in self.warm:

@@ -10,7 +10,7 @@ from musicgen.conditions import Conditions
 from musicgen.config import ConditionConfig, LMConfig
 from musicgen.engine import Engine
 from musicgen.lm import MusicLM
-from musicgen.packing import PRECISIONS, Precision, _int8_on_gpu, pack, quantize_rows, stream_dtype
+from musicgen.packing import PRECISIONS, OnGpu, Precision, pack, quantize_rows, stream_dtype
 
 TINY = LMConfig(
     dim=48, num_layers=3, num_heads=4, codebook_size=64, condition=ConditionConfig(text_encoder="minilm", text_dim=20)
@@ -114,10 +114,10 @@ def test_bf16_is_packed_where_the_processor_multiplies_it(monkeypatch: pytest.Mo
 
 
 def test_int8_of_a_gpu_is_the_product() -> None:
-    """The form for GPUs, which this build's kernel takes on a CPU as well."""
+    """The form for GPUs, which runs on a CPU as well."""
     torch.manual_seed(0)
     weight, x = torch.randn(96, 64), torch.randn(2, 5, 64)
-    product, true = _int8_on_gpu(weight, torch.bfloat16)(x.bfloat16()).float(), x @ weight.T
+    product, true = OnGpu(*quantize_rows(weight))(x.bfloat16()).float(), x @ weight.T
     assert product.shape == true.shape and float((product - true).norm() / true.norm()) < 0.02
 
 
