@@ -29,6 +29,8 @@ from musicgen import settings
 from musicgen.errors import UserError
 from training.strategy import HardwareConfig
 
+PHASES = tuple(f"seconds/{phase}" for phase in ("step", "data", "text", "forward", "backward", "optimizer"))
+
 
 @dataclass(frozen=True)
 class BenchConfig:
@@ -90,6 +92,7 @@ def measure_run(config: BenchConfig, data: str, folder: Path, encoder: str) -> d
         "audio_seconds_per_second": statistics.harmonic_mean([r["train/audio_seconds_per_second"] for r in lines]),
         "outside_model_share": statistics.mean(r["train/outside_model_share"] for r in lines),
         "memory_gib": lines[-1]["train/memory_gib"],
+        **{key.replace("/", "_"): statistics.median([r[key] for r in lines]) for key in PHASES if key in lines[-1]},
     }
 
 
@@ -144,17 +147,21 @@ def measure_parts(config: BenchConfig, data: str, encoder_name: str, repeats: in
 
 
 def _our_side(run: Any) -> tuple[Any, Callable[[], torch.Tensor]]:
-    """Our model in training, and its loss on the batch of `_batch`."""
+    """Our model in training, compiled where training compiles it, and its loss on the batch of `_batch`."""
     from musicgen.lm import MusicLM
-    from training import loss
+    from training import budget, devices, loss, strategy, train
 
     inputs, targets, scored, mask, device = _batch(run)
     text = torch.randn(*mask.shape, run.lm.condition.text_dim, device=device)
     lm = MusicLM(run.lm).to(device)
     heads: Any = list(lm.linears)
+    if run.hardware.compiles:
+        here = devices.device_here(1, uses_gpu=run.hardware.uses_gpu)
+        strategy.prepare(lm, run.hardware, budget.choose(train.task_of(run), here, 1, checkpointing="none"), device)
 
     def value() -> torch.Tensor:
-        sums = loss.cross_entropy_sums(lm.hidden(inputs, text, mask), heads, targets, scored)
+        hidden = lm.hidden(inputs, text, mask)
+        sums = loss.cross_entropy_sums(hidden, heads, targets, scored, compiled=run.hardware.compiles)
         return loss.mean_over_codebooks(sums, scored.sum((0, 2)))
 
     return lm, value

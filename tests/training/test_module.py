@@ -1,12 +1,15 @@
 """What a step leaves behind, and that a GPU's ways of scoring a batch give what the plain way gives."""
 
 import dataclasses
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from benchmarks.models import write_t5
 from musicgen.conditioning import TextEncoder
 from musicgen.config import ConditionConfig, LMConfig
 from musicgen.lm import MusicLM
@@ -129,13 +132,14 @@ def test_other_attention_keeps_its_mask(encoder: TextEncoder, monkeypatch: pytes
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_gpu_makes_a_part_without_waiting(shards: ShardSet, encoder: TextEncoder, compiled: bool) -> None:
+def test_a_gpu_makes_a_part_without_waiting(shards: ShardSet, compiled: bool, tmp_path: Path) -> None:
     """From the batch in page-locked memory to the gradients, and what is found is what the CPU finds."""
+    encoder = TextEncoder.load(write_t5(tmp_path / "t5", tiny=True))
+    shape = replace(SHAPE, condition=ConditionConfig(encoder.name, encoder.dim))
     stream = data.Stream(shards, BATCH, seed=1, tokenize=encoder.tokenize)
     pinned = stream.batch(1, 0).pin_memory()
-    module = module_of(encoder)
-    expected = module.score(pinned)
-    module, device = module_of(encoder, compiled=compiled).cuda(), torch.device("cuda")
+    expected = module_of(encoder, shape).score(pinned)
+    module, device = module_of(encoder, shape, compiled=compiled).cuda(), torch.device("cuda")
     encoder.to(device)
     try:
         module.score(pinned.to(device))  # kernels are chosen, layouts sent
