@@ -3,8 +3,8 @@
 A section is a function that measures one thing on the GPU at hand and returns plain numbers; `SECTIONS` names them all.
 Each runs in its own process, so that one that runs out of memory costs only itself and peaks are not mixed up.
 
-`training`: twenty real steps of 3.3b and ten of each smaller size, where they fit, by `training.train` itself: clips per
-second, model FLOP per second and their share of the peak by the stated rule, the widespread 6N + 12LdT figure beside
+`training`: twenty real steps of 3.3b and ten of each smaller size, where they fit, by `training.train` itself: clips
+per second, model FLOP per second and their share of the peak by the stated rule, the widespread 6N + 12LdT figure beside
 it, peak memory beside the planned one; then a step of 300m beside that of a plain transformers MusicGen.
 
 `codec`: encoding by the paper's network, times real time by batch (`benchmarks.codec_gpu`).

@@ -9,6 +9,7 @@ error against float64. Compiling goes first, in as many processes as there are c
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import sys
@@ -150,21 +151,17 @@ def measure_attention() -> None:
     for rows, heads in ((2, 16), (2, 32), (16, 32), (128, 32)):
         shape = (rows, heads, capacity, width)
         count = 8 if rows == 2 else 2
-        keys, values = ([torch.randn(shape, device="cuda").bfloat16() for _ in range(count)] for _ in range(2))
+        caches = [tuple(torch.randn(shape, device="cuda").bfloat16() for _ in range(2)) for _ in range(count)]
         qkv = torch.randn(rows, 3 * heads * width, device="cuda").bfloat16()
         out = torch.zeros(rows, heads * width, device="cuda").bfloat16()
         for reach in (64, 128, 256, capacity):
             scratch, said = kernels.Scratch(qkv.device, *shape, reach), []
             for length in (300, 800, 1500):
                 at = torch.tensor([length], device="cuda")
-
-                def work(at: Any = at, scratch: Any = scratch) -> None:
-                    for k, v in zip(keys, values):
-                        kernels.attend(qkv, k, v, None, at, scratch, out)
-
-                taken = microseconds(work, count)
-                read = rows * heads * (length + 1) * width * 4
-                said.append(f"{length + 1}: {taken:.2f} us, {read / taken / 1e3:.0f} GB/s")
+                reads = [functools.partial(kernels.attend, qkv, k, v, None, at, scratch, out) for k, v in caches]
+                taken = microseconds(lambda every=reads: [read() for read in every], count)
+                bytes_read = rows * heads * (length + 1) * width * 4
+                said.append(f"{length + 1}: {taken:.2f} us, {bytes_read / taken / 1e3:.0f} GB/s")
             print(f"attention of {rows} rows and {heads} heads with a reach of {reach}: " + "; ".join(said), flush=True)
 
 
