@@ -4,15 +4,15 @@ A section is a function that measures one thing on the GPU at hand and returns p
 Each runs in its own process, so that one that runs out of memory costs only itself and peaks are not mixed up.
 
 `training`: twenty real steps of 3.3b and ten of each smaller size, where they fit, by `training.train` itself: clips
-per second, model FLOP per second and their share of the peak by the stated rule, the widespread 6N + 12LdT figure beside
-it, peak memory beside the planned one; then a step of 300m beside that of a plain transformers MusicGen.
+per second, model FLOP per second and their share of the peak by the stated rule, the widespread 6N + 12LdT figure
+beside it, peak memory beside the planned one; then a step of 300m beside that of a plain transformers MusicGen.
 
 `codec`: encoding by the paper's network, times real time by batch (`benchmarks.codec_gpu`).
 
 `generation`: steps per second of one clip by size and weights and of a batch of clips of 3.3b, with the share of the
 bandwidth's floor; captured graphs beside plain steps, and whether both draw the same tokens.
 
-`--device cpu --tiny true` runs all of it small on a CPU, to try the code.
+`--device cpu --tiny true` runs all of it small on a CPU, to try the code. `results/h200.json` holds what an H200 showed.
 """
 
 from __future__ import annotations
