@@ -12,7 +12,7 @@ beside it, peak memory beside the planned one; then a step of 300m beside that o
 `generation`: steps per second of one clip by size and weights and of a batch of clips of 3.3b, with the share of the
 bandwidth's floor; captured graphs beside plain steps, and whether both draw the same tokens.
 
-`--device cpu --tiny true` runs all of it small on a CPU, to try the code. `results/h200.json` holds what an H200 showed.
+`--device cpu --tiny true` runs all of it small on a CPU, to try the code. An H200's figures are in `results/h200.json`.
 """
 
 from __future__ import annotations
