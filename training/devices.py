@@ -122,11 +122,25 @@ def peak_of(device: Device, ranks: int, *, bf16: bool) -> float | None:
     return None if peak is None else ranks * peak
 
 
-def rate_of(device: Device, *, bf16: bool, mfu: float) -> tuple[float | None, str]:
-    """Model FLOP per second and rank to reckon with, and the words that say so."""
+# Share of the bf16 peak that training reached on one H200, by the model's width (LOG.md, 2026-11-26; `make bench-gpu`).
+MEASURED = {1024: 0.43, 1536: 0.47, 2048: 0.50}
+
+
+def expected_mfu(width: int) -> float:
+    """The share of the peak to reckon with for a model of this width: that of the next smaller one measured."""
+    return MEASURED[max((measured for measured in MEASURED if measured <= width), default=min(MEASURED))]
+
+
+def rate_of(device: Device, *, bf16: bool, mfu: float, assumed: bool = True) -> tuple[float | None, str]:
+    """Model FLOP per second and rank to reckon with, and the words that say so.
+
+    Args:
+        assumed: whether `mfu` is somebody's guess and not `expected_mfu`.
+    """
     if device.is_cpu:
         rate = cpu_rate(bf16)
         return mfu * rate, f"{mfu:.0%} of the {rate / 1e9:.0f} GFLOP/s that a matrix product reaches here"
     if device.peak is None:
         return None, ""
-    return mfu * device.peak, f"an MFU of {mfu:.0%} (assumed; of {device.peak / 1e12:.0f} TFLOP/s dense bf16)"
+    source = "assumed" if assumed else "measured on one H200" if device.name == "h200" else "as measured on one H200"
+    return mfu * device.peak, f"an MFU of {mfu:.0%} ({source}; of {device.peak / 1e12:.0f} TFLOP/s dense bf16)"

@@ -15,7 +15,7 @@ from musicgen.config import SIZES
 from musicgen.errors import UserError
 from training import budget
 from training.budget import Plan
-from training.devices import DEVICES, GIB, device_named, rate_of
+from training.devices import DEVICES, GIB, device_named, expected_mfu, rate_of
 
 
 def what_fits(plan: Plan) -> str:
@@ -102,7 +102,9 @@ def lines(plan: Plan, *, name: str, rate: float | None, rate_said: str) -> list[
             + f"); {task.steps:,} steps take "
             + (
                 f"{days:,.1f} days, {days * plan.ranks:,.0f} {unit}-days"
-                if days > 2
+                if days > 1
+                else f"{24 * days:,.1f} hours"
+                if days > 1 / 12
                 else f"{24 * 60 * days:,.1f} minutes"
             )
         )
@@ -122,7 +124,7 @@ class PlanConfig:
         gpus: GPUs in all.
         gpu: kind of GPU, see `DEVICES`.
         per_node: GPUs per machine; 0 takes what is usual for the kind.
-        mfu: share of the peak that the time is reckoned with.
+        mfu: share of the peak that the time is reckoned with; 0 takes what one H200 reached for the model's width.
         rehearse: also make a step on tensors without storage and print torch's own count of its memory; seconds to
             minutes.
     """
@@ -130,7 +132,7 @@ class PlanConfig:
     gpus: int = 1
     gpu: str = "h100-80"
     per_node: int = 0
-    mfu: float = 0.4
+    mfu: float = 0.0
     rehearse: bool = False
 
 
@@ -164,13 +166,14 @@ def main(argv: Sequence[str]) -> int:
         else:
             rest.append(token)
     wanted = settings.parse(PlanConfig, own, prog="python -m training.forecast")
-    if wanted.gpus < 1 or wanted.per_node < 0 or not 0 < wanted.mfu <= 1:
+    if wanted.gpus < 1 or wanted.per_node < 0 or not 0 <= wanted.mfu <= 1:
         raise UserError(
             f"GPUS={wanted.gpus}, per_node {wanted.per_node}, mfu {wanted.mfu}: "
-            "GPUS must be at least 1, per_node at least 0, mfu above 0 and at most 1"
+            "GPUS must be at least 1, per_node at least 0, mfu from 0 to 1"
         )
     device = device_named(wanted.gpu)
     config = train.read_config(rest, folders=False)
+    mfu = wanted.mfu or expected_mfu(config.lm.dim)
     per_node = min(wanted.per_node or device.per_node, wanted.gpus)
     if wanted.gpus % per_node:
         raise UserError(f"GPUS={wanted.gpus} is not a multiple of the {per_node} of a node; give --per_node")
@@ -180,9 +183,9 @@ def main(argv: Sequence[str]) -> int:
         wanted.gpus,
         nodes=wanted.gpus // per_node,
         **train.layout_settings(config),
-        mfu=wanted.mfu,
+        mfu=mfu,
     )
-    rate, said = rate_of(device, bf16=True, mfu=wanted.mfu)
+    rate, said = rate_of(device, bf16=True, mfu=mfu, assumed=bool(wanted.mfu))
     print("\n".join(lines(plan, name=config.size, rate=rate, rate_said=said)), flush=True)
     if wanted.rehearse:
         print(rehearsed(plan))

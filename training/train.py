@@ -235,7 +235,8 @@ def lay_out(config: TrainConfig, shards: Sources, before: Progress | None, *, sp
 
 def plan_lines(config: TrainConfig, plan: budget.Plan) -> list[str]:
     """The plan as text, with the time it should take here."""
-    rate, said = devices.rate_of(plan.device, bf16=plan.task.bf16, mfu=0.6 if plan.device.is_cpu else 0.4)
+    mfu = 0.6 if plan.device.is_cpu else devices.expected_mfu(config.lm.dim)
+    rate, said = devices.rate_of(plan.device, bf16=plan.task.bf16, mfu=mfu, assumed=False)
     return forecast.lines(plan, name=config.size, rate=rate, rate_said=said)
 
 

@@ -11,7 +11,7 @@ from musicgen import transformer
 from musicgen.config import LMConfig, size
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
-from training import budget, forecast
+from training import budget, devices, forecast
 from training.budget import Task, choose
 from training.devices import DEVICES
 
@@ -136,6 +136,28 @@ def test_time_and_days() -> None:
     assert plan.compute_seconds(0.4 * 989e12) == pytest.approx(1.75, rel=0.01)  # 192 clips at 40 % of the peak
     text = "\n".join(forecast.lines(plan, name="300m", rate=0.4 * 989e12, rate_said="an MFU of 40%"))
     assert "1,000,000 steps take 20.3 days" in text and budget.FLOP_RULE in text
+
+
+def test_the_share_of_the_peak_is_a_measured_one_unless_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [devices.expected_mfu(width) for width in (64, 1024, 1536, 2000, 2048, 4096)] == [
+        0.43,
+        0.43,
+        0.47,
+        0.47,
+        0.5,
+        0.5,
+    ]
+    argv = ["--size", "1.5b", "--gpus", "8", "--gpu", "h100-80"]
+    seconds = []
+    for more, said in (
+        ([], "an MFU of 47% (as measured on one H200;"),
+        (["--mfu", "0.235"], "an MFU of 24% (assumed;"),
+    ):
+        forecast.main([*argv, *more])
+        out = capsys.readouterr().out
+        assert said in out
+        seconds += [float(number) for number in re.findall(r"time +([\d.]+) s per step", out)]
+    assert seconds[1] == pytest.approx(2 * seconds[0], rel=0.02)
 
 
 def test_make_plan(capsys: pytest.CaptureFixture[str]) -> None:
