@@ -96,7 +96,7 @@ def find_run(run: str, wanted: dict[str, Any], defaults: dict[str, Any]) -> tupl
     if file.is_file():
         stored = yaml.safe_load(file.read_text(encoding="utf-8"))
         check_same_run(folder, stored, wanted, defaults)
-        steps = state.steps_in(folder / "state")
+        steps = steps_of(folder)
         return stored["wandb_run_id"], steps[-1] if steps else 0
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
@@ -151,7 +151,34 @@ def make_run(run: str, wanted: dict[str, Any]) -> str:
     return run_id
 
 
+def steps_of(folder: Path) -> list[int]:
+    """Steps of a run's whole states, ascending.
+
+    Raises:
+        UserError: a folder among them whose name is no step, such as a copy `step-20.bak`.
+    """
+    try:
+        return state.steps_in(folder / "state")
+    except ValueError:
+        odd = [p.name for p in (folder / "state").glob("step-*") if not p.name.removeprefix("step-").isdecimal()]
+        raise UserError(
+            f"RUN={str(folder)!r}: state/ holds {', '.join(sorted(odd))}, allowed are step-N folders alone; move what "
+            "else there is out of state/"
+        ) from None
+
+
 def last_progress(folder: Path) -> state.Progress | None:
-    """What the newest state of a run knows; None where there is none."""
-    steps = state.steps_in(folder / "state")
-    return state.read_progress(folder / "state", steps[-1]) if steps else None
+    """What the newest state of a run knows; None where there is none. Raises `UserError` where it is damaged."""
+    steps = steps_of(folder)
+    if not steps:
+        return None
+    try:
+        progress = state.read_progress(folder / "state", steps[-1])
+    except (TypeError, AttributeError):  # JSON, but not what a state writes
+        progress = None
+    if progress is None or not isinstance(progress.step, int):
+        raise UserError(
+            f"{folder / 'state' / f'step-{steps[-1]}'}: state.json does not hold what this program writes there. "
+            "Delete this folder to go on from an earlier state, or give another RUN to start anew"
+        )
+    return progress

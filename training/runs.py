@@ -4,12 +4,14 @@
 
 Every folder below with a training's config.yaml is a run. The table has one line each; `--run` tells all about one:
 every start with its code, ranks and plan, the data by source, and the chain of models it began from.
+
+Folders outlive crashes, full disks and hands: whatever cannot be read of one is said, and the others are listed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ import yaml
 
 from musicgen import settings
 from musicgen.errors import UserError
-from training import lineage, record, state
+from training import folder as run_folder
+from training import lineage
 
 HEAD = ("run", "size", "state", "step", "best valid loss", "data", "from", "code", "starts", "last start")
 
@@ -38,18 +41,24 @@ class RunsConfig:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it."""
+    """A run as its folder tells it; `odd` holds what of it cannot be read, in words."""
 
     folder: Path
     config: dict[str, Any]
     events: list[dict[str, Any]]
     step: int
     best: float | None
+    odd: tuple[str, ...] = ()
 
     @property
     def state(self) -> str:
-        """One word; see `training.lineage.state_of`."""
-        return lineage.state_of(self.events)
+        """One word; see `training.lineage.state_of`. A folder whose config.yaml is damaged is `odd`."""
+        return lineage.state_of(self.events) if self.config else "odd"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings it was started with."""
+        return self.config.get("settings", {})
 
     @property
     def starts(self) -> list[dict[str, Any]]:
@@ -58,18 +67,67 @@ class Run:
 
 
 def read(folder: Path) -> Run | None:
-    """The run in a folder; None where there is none that this program can read."""
+    """The run in a folder, with what is odd about it; None where there is none."""
+    odd: list[str] = []
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        config = yaml.safe_load((folder / "config.yaml").read_bytes())
+    except FileNotFoundError:
         return None
-    if not isinstance(config, dict) or "settings" not in config or "dataset_version" not in config:
-        return None
-    lines = record.read_metrics(folder / "metrics.jsonl")
-    losses = [line["valid/loss"] for line in lines if "valid/loss" in line]
-    events = lineage.read(folder)
-    steps = [int(line["step"]) for line in [*lines, *events]] + state.steps_in(folder / "state")
-    return Run(folder, config, events, max(steps, default=0), min(losses, default=None))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        if "wandb" in folder.parts:  # W&B keeps a config.yaml of its own
+            return None
+        odd.append(f"config.yaml cannot be read: {_first_line(error)}")
+        config = {}
+    if not odd and not _is_config(config):
+        if not (folder / lineage.FILE).exists():
+            return None
+        odd.append("config.yaml holds no settings of a training and no version of its data")
+        config = {}
+    lines = _told(odd, "metrics.jsonl", lambda: lineage.lines_of(folder / "metrics.jsonl", "step"))
+    metrics = [line for line in lines if isinstance(line["step"], int)]
+    losses = [loss for line in metrics if isinstance(loss := line.get("valid/loss"), (int, float)) and loss == loss]
+    events = _told(odd, lineage.FILE, lambda: lineage.read_counted(folder))
+    steps = [line["step"] for line in [*metrics, *events]] + _states(folder, odd)
+    return Run(folder, config, events, max(steps, default=0), min(losses, default=None), tuple(odd))
+
+
+def _is_config(config: Any) -> bool:
+    return (
+        isinstance(config, dict)
+        and isinstance(config.get("settings"), dict)
+        and isinstance(config.get("dataset_version"), str)
+    )
+
+
+def _told(odd: list[str], name: str, reading: Callable[[], tuple[list[dict[str, Any]], int]]) -> list[dict[str, Any]]:
+    """The lines of a file; what cannot be read of it is added to `odd`."""
+    try:
+        lines, damaged = reading()
+    except OSError as error:
+        odd.append(f"{name} cannot be read: {_first_line(error)}")
+        return []
+    if damaged:
+        odd.append(f"{name} has {damaged} damaged line{'s' if damaged > 1 else ''}")
+    return lines
+
+
+def _states(folder: Path, odd: list[str]) -> list[int]:
+    """Steps of the states; what stands among them or is damaged is added to `odd`."""
+    try:
+        steps = run_folder.steps_of(folder)
+        if steps:
+            run_folder.last_progress(folder)
+    except UserError as error:
+        odd.append(str(error))
+        return []
+    except OSError as error:
+        odd.append(f"state/ cannot be read: {_first_line(error)}")
+        return []
+    return steps
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def find(folder: Path) -> list[Run]:
@@ -80,23 +138,33 @@ def find(folder: Path) -> list[Run]:
 
 def row(run: Run, below: Path) -> tuple[str, ...]:
     """The cells of `HEAD`."""
-    chosen, last = run.config["settings"], run.starts[-1] if run.starts else {}
-    return (
-        str(run.folder.relative_to(below)) if run.folder.is_relative_to(below) else str(run.folder),
-        str(chosen["size"]),
+    last = run.starts[-1] if run.starts else {}
+    cells = (
+        _name(run, below),
+        str(run.settings.get("size", "?")),
         run.state,
-        f"{run.step} of {chosen['steps']}",
+        f"{run.step} of {run.settings.get('steps', '?')}",
         "" if run.best is None else f"{run.best:.3f}",
-        str(run.config["dataset_version"])[:12],
-        str(chosen.get("init") or "new"),
+        str(run.config.get("dataset_version", "?"))[:12],
+        str(run.settings.get("init") or "new") if run.config else "?",
         _code(last.get("git", {})),
         str(len(run.starts)),
         str(last.get("at", ""))[:16].replace("T", " "),
     )
+    return tuple(_shown(cell) for cell in cells)
+
+
+def _name(run: Run, below: Path) -> str:
+    return str(run.folder.relative_to(below)) if run.folder.is_relative_to(below) else str(run.folder)
+
+
+def _shown(text: str) -> str:
+    """A text out of a file or a file's name as a terminal may have it: on one line, without control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _code(git: dict[str, Any]) -> str:
-    return (git["commit"][:10] + ("+" if git.get("changed") else "")) if git else "?"
+    return (str(git["commit"])[:10] + ("+" if git.get("changed") else "")) if git.get("commit") else "?"
 
 
 def ancestors(source: str, depth: int = 8) -> list[str]:
@@ -104,31 +172,51 @@ def ancestors(source: str, depth: int = 8) -> list[str]:
     lines: list[str] = []
     while source and depth:
         depth -= 1
-        folder = Path(source)
-        if not (folder / "config.json").is_file():
-            return [*lines, f"{source} (not a folder here)"]
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        training = about.get("training", {})
+        file = Path(source) / "config.json"
+        try:
+            if not file.is_file():
+                return [*lines, f"{source} (not a folder here)"]
+            about = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            return [*lines, f"{source} (its config.json cannot be read: {_first_line(error)})"]
+        training = _part(about, "training")
         version = str(training.get("data_version", ""))[:12] or "not stated"
-        lines.append(f"{source}: {training.get('step', '?')} steps on data {version}, {about.get('licence', '?')}")
-        source = training.get("init", "")
+        licence = about.get("licence", "?") if isinstance(about, dict) else "?"
+        lines.append(f"{source}: {training.get('step', '?')} steps on data {version}, {licence}")
+        source = str(training.get("init") or "")
     return lines
+
+
+def _part(tree: Any, name: str) -> dict[str, Any]:
+    """A part of a document that is a mapping; empty where it is none."""
+    part = tree.get(name) if isinstance(tree, dict) else None
+    return part if isinstance(part, dict) else {}
+
+
+def _identity(config: dict[str, Any], name: str) -> str:
+    part = _part(config, name)
+    return f"{part.get('name', '?')} {str(part.get('identity', '?'))[:12]}"
 
 
 def describe(run: Run) -> str:
     """All about one run."""
-    config, chosen = run.config, run.config["settings"]
+    config, chosen = run.config, run.settings
+    sources = config.get("sources")
     out = [
         f"run       {run.folder}",
-        f"state     {run.state} at step {run.step} of {chosen['steps']}"
+        *(f"odd       {what}" for what in run.odd),
+        f"state     {run.state} at step {run.step} of {chosen.get('steps', '?')}"
         + (f", best validation loss {run.best:.4f}" if run.best is not None else ""),
-        f"data      {chosen['data']}, version {config['dataset_version'][:12]}, codec {config['codec']['name']} "
-        f"{config['codec']['identity'][:12]}",
-        *(f"          {json.dumps(source, ensure_ascii=False)}" for source in config.get("sources", [])),
-        f"text      {config['text_encoder']['name']} {config['text_encoder']['identity'][:12]}",
-        f"W&B       {config['wandb_run_id']}",
     ]
-    out += [f"from      {line}" for line in ancestors(str(chosen.get("init") or ""))] or ["from      new weights"]
+    if config:
+        out += [
+            f"data      {chosen.get('data', '?')}, version {config['dataset_version'][:12]}, codec "
+            f"{_identity(config, 'codec')}",
+            *(f"          {source}" for source in map(_json, sources if isinstance(sources, list) else [])),
+            f"text      {_identity(config, 'text_encoder')}",
+            f"W&B       {config.get('wandb_run_id', '?')}",
+        ]
+        out += [f"from      {line}" for line in ancestors(str(chosen.get("init") or ""))] or ["from      new weights"]
     for event in run.events:
         if event["event"] == "start":
             out.append(
@@ -140,13 +228,18 @@ def describe(run: Run) -> str:
             out.append(
                 f"end       {event['at']} at step {event['step']}: {event['how']} {event.get('error', '')}".rstrip()
             )
-    return "\n".join(out)
+    return "\n".join(_shown(line) for part in out for line in part.split("\n"))
+
+
+def _json(source: Any) -> str:
+    return json.dumps(source, ensure_ascii=False, default=str)
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the table, or all about one run."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     config = settings.parse(RunsConfig, argv, prog="python -m training.runs")
     if config.run:
@@ -162,8 +255,11 @@ def main(argv: Sequence[str]) -> int:
         return 0
     table = Table(*HEAD)
     for run in runs:
-        table.add_row(*row(run, folder))
+        table.add_row(*(Text(cell) for cell in row(run, folder)))
     Console().print(table)
+    for run in runs:
+        for what in run.odd:
+            print(_shown(f"odd: {_name(run, folder)}: {what}"))
     return 0
 
 

@@ -1,0 +1,171 @@
+"""`make runs` over folders that are not what a training leaves: damaged, cut, copied by hand, oddly named."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from musicgen.errors import UserError
+from training import folder as run_folder
+from training import lineage, runs
+
+PLAN = {
+    "ranks": 1,
+    "git": {"commit": "c" * 40, "changed": True},
+    "host": "elsewhere",
+    "pid": 7,
+    "plan": ["memory 1 GB"],
+}
+START = {"event": "start", "at": "2026-01-02T03:04:05+00:00", "step": 0, "steps": 9, **PLAN}
+END = {"event": "end", "at": "2026-01-02T04:04:05+00:00", "step": 4, "how": "paused"}
+STATE = {
+    "step": 4, "audio_seconds_seen": 1.0, "best_loss": 2.5, "best_step": 4, "ema_count": 1.0, "ranks": 1,
+    "accumulate": 1, "optimizer": {}, "files": {},
+}  # fmt: skip
+
+
+def make(folder: Path, **changes: Any) -> Path:
+    """A run's folder as far as `make runs` reads it."""
+    config = {
+        "settings": {"size": "demo", "steps": 9, "data": "data/demo", "init": ""},
+        "dataset_version": "d" * 64,
+        "codec": {"name": "tiny", "identity": "0" * 64},
+        "text_encoder": {"name": "hash", "identity": "1" * 64},
+        "wandb_run_id": "abc",
+        **changes,
+    }
+    (folder / "state" / "step-4").mkdir(parents=True)
+    (folder / "state" / "step-4" / "state.json").write_text(json.dumps(STATE))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "metrics.jsonl").write_text('{"step": 2, "train/loss": 3.0}\n{"step": 4, "valid/loss": 2.5}\n')
+    (folder / lineage.FILE).write_text(json.dumps(START) + "\n" + json.dumps(END) + "\n")
+    return folder
+
+
+def listed(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "250")
+    assert runs.main(["--folder", str(folder)]) == 0
+    return capsys.readouterr().out
+
+
+def damage(run: Path, kind: str) -> None:
+    """One of the things that happen to folders."""
+    config, metrics, starts = run / "config.yaml", run / "metrics.jsonl", run / lineage.FILE
+    state = run / "state" / "step-4" / "state.json"
+    match kind:
+        case "binary config":
+            config.write_bytes(b"\x80\x81\x00settings")
+        case "config is not YAML":
+            config.write_text("settings: [")
+        case "config is a bad date":
+            config.write_text("settings: 2026-99-99")
+        case "nested config":
+            config.write_text("[" * 5000)
+        case "empty config":
+            config.write_text("")
+        case "config without settings":
+            config.write_text("settings: 3\ndataset_version: [1]\n")
+        case "config is a folder":
+            config.unlink()
+            config.mkdir()
+        case "odd metrics":
+            metrics.write_bytes(metrics.read_bytes() + b'[1]\n3\n\xff\x00\n{"valid/loss": 1}\n{"step": 5, "valid/loss')
+        case "odd starts":
+            lines = [[], {"event": "start"}, {"event": 3}, {"event": []}, {**END, "step": "x"}, {**START, "pid": None}]
+            starts.write_text(starts.read_text() + "".join(json.dumps(line) + "\n" for line in lines))
+        case "no state.json":
+            state.write_bytes(b"\xff\xfe")
+        case "state.json of something else":
+            state.write_text('["optimizer"]')
+        case "state.json with more":
+            state.write_text(json.dumps(STATE | {"colour": "red"}))
+        case "state copied by hand":
+            shutil.copytree(state.parent, run / "state" / "step-20.bak")
+
+
+KINDS = {
+    "binary config": "config.yaml cannot be read",
+    "config is not YAML": "config.yaml cannot be read",
+    "config is a bad date": "config.yaml cannot be read",
+    "nested config": "config.yaml cannot be read",
+    "empty config": "config.yaml holds no settings of a training",
+    "config without settings": "config.yaml holds no settings of a training",
+    "config is a folder": "config.yaml cannot be read",
+    "odd metrics": "metrics.jsonl has 4 damaged lines",
+    "odd starts": "starts.jsonl has 6 damaged lines",
+    "no state.json": "step-4 cannot be read",
+    "state.json of something else": "state.json does not hold what this program writes",
+    "state.json with more": "state.json does not hold what this program writes",
+    "state copied by hand": "state/ holds step-20.bak",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_odd_folder_is_shown_as_odd_beside_the_others(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "good")
+    damage(make(tmp_path / "bad"), kind)
+    table = listed(tmp_path, capsys, monkeypatch).splitlines()
+    good = next(line for line in table if " good " in line)
+    assert "paused" in good and "4 of 9" in good and "2.500" in good
+    assert any(" bad " in line and ("odd" in line) == ("config" in kind) for line in table if "│" in line)
+    assert sum("odd: bad: " in line for line in table) == 1
+    assert KINDS[kind] in next(line for line in table if "odd: bad: " in line)
+    assert runs.main(["--run", str(tmp_path / "bad")]) == 0
+    told = capsys.readouterr().out
+    assert "odd       " in told and "start     2026-01-02" in told
+
+
+def test_a_start_behind_a_cut_line_is_not_swallowed(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    later = {**START, "at": "2026-02-02T03:04:05+00:00", "step": 4}
+    (run / lineage.FILE).write_text(json.dumps(START) + "\n" + json.dumps(END)[:40] + json.dumps(later) + "\n")
+    assert lineage.read_counted(run) == ([START, later], 0)
+    (run / lineage.FILE).write_text(json.dumps({**END, "error": "a\u2028b"}, ensure_ascii=False) + "\n")
+    assert [e["error"] for e in lineage.read(run)] == ["a\u2028b"]
+
+
+def test_a_process_number_that_none_can_have_is_gone(tmp_path: Path) -> None:
+    import platform
+
+    assert lineage.state_of([START | {"host": platform.node(), "pid": 2**70}]) == "killed"
+
+
+def test_names_are_shown_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "[red]loud[", settings={"size": "[bold]demo", "steps": 9})
+    make(tmp_path / "b[/red]")
+    make(tmp_path / "c\x1b[31m\nd\udcff")
+    table = listed(tmp_path, capsys, monkeypatch)
+    assert "[red]loud[" in table and "[bold]demo" in table and "b[/red]" in table
+    assert "c\\x1b[31m\\nd\\udcff" in table and "\x1b" not in table
+
+
+def test_what_a_run_came_from_may_be_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text, said in (
+        ("a", b"\xff", "its config.json cannot be read"),
+        ("b", b"[]", "? steps on data not stated"),
+        ("c", b'{"training": 3, "licence": "CC0-1.0"}', "not stated, CC0-1.0"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes(text)
+        assert said in "\n".join(runs.ancestors(str(tmp_path / name)))
+    make(tmp_path / "bare", codec=None, text_encoder=[], sources=3, settings={})
+    assert runs.main(["--run", str(tmp_path / "bare")]) == 0
+    assert "codec ? ?" in capsys.readouterr().out
+
+
+def test_a_training_says_what_is_odd_about_its_states(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    assert run_folder.last_progress(run) is not None
+    damage(run, "state.json of something else")
+    with pytest.raises(UserError, match=r"step-4: state.json does not hold .* Delete this folder to go on"):
+        run_folder.last_progress(run)
+    damage(run, "state copied by hand")
+    with pytest.raises(UserError, match=r"state/ holds step-20.bak, .*move what else there is out of state/"):
+        run_folder.last_progress(run)
