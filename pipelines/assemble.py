@@ -12,7 +12,6 @@ replaced there is no `dataset.json`, so nobody reads a half-changed set; the nex
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import tempfile
@@ -23,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines import captions, shard, stages
 from pipelines.captions import CaptionConfig
@@ -189,14 +187,19 @@ def entry(row: Row, work_id: str, facts: dict[str, Any], group: str, config: Ass
 
 
 class Previous:
-    """What stands in the output folder from earlier runs: tables, and codes that can be used again."""
+    """What stands in the output folder from earlier runs: tables, and codes that can be used again.
+
+    Raises:
+        UserError: dataset.json or a table is damaged, or is not what the other files say.
+    """
 
     def __init__(self, root: Place) -> None:
         self.root = root
-        self.info: dict[str, Any] = _json(root / "dataset.json")
-        self.sources = {r["track_id"]: r for r in _table(root / "sources.parquet", SOURCES_SCHEMA)}
-        self.rejects = _table(root / "rejects.parquet", REJECTS_SCHEMA)
-        index = shard.read_index(root) if self.sources and (root / "index.parquet").is_file() else None
+        finished = (root / "dataset.json").is_file()
+        self.info: dict[str, Any] = shard.read_info(root, ingested=True) if finished else {}
+        self.sources = {r["track_id"]: r for r in _table(root / "sources.parquet", SOURCES_SCHEMA, ("json_sha256",))}
+        self.rejects = _table(root / "rejects.parquet", REJECTS_SCHEMA, ("track_id", "source_sha256"))
+        index = shard.read_index(root, self.info) if self.sources and (root / "index.parquet").is_file() else None
         self.set = ShardSet(root, self.info, index) if index is not None else None
         rows = index.to_pylist() if index is not None else []
         present = set((root / "shards").list(".tar"))
@@ -210,7 +213,12 @@ class Previous:
     def facts(self, track_id: str, work_id: str) -> dict[str, Any] | None:
         """Facts of a track when they came from the same source and settings; else None."""
         source = self.sources.get(track_id)
-        return json.loads(source["facts"]) if source and source["work_id"] == work_id else None
+        if not source or source["work_id"] != work_id:
+            return None
+        try:
+            return json.loads(source["facts"])
+        except ValueError as error:
+            raise shard.damaged(self.root / "sources.parquet", f"facts of {track_id!r} are not JSON") from error
 
     def has_codes(self, track_id: str, work_id: str) -> bool:
         """Do codes of this very result stand in a shard?"""
@@ -241,12 +249,8 @@ class Previous:
         )
 
 
-def _json(place: Place) -> dict[str, Any]:
-    return json.loads(place.read()) if place.is_file() else {}
-
-
-def _table(place: Place, schema: pa.Schema) -> list[dict[str, Any]]:
-    return pq.read_table(io.BytesIO(place.read()), schema=schema).to_pylist() if place.is_file() else []
+def _table(place: Place, schema: pa.Schema, may_be_empty: Sequence[str]) -> list[dict[str, Any]]:
+    return shard.read_table(place, schema, may_be_empty)[0].to_pylist() if place.is_file() else []
 
 
 class CodesMissing(Exception):
@@ -399,8 +403,10 @@ def counts(rows_in: int, index: pa.Table, rejects: Sequence[dict[str, Any]]) -> 
 
 def write_tables(
     root: Place, index: pa.Table, rejects: Sequence[dict[str, Any]], sources: Sequence[dict[str, Any]]
-) -> None:
-    """Index, rejects and sources; each whole or absent."""
-    (root / "index.parquet").write(shard.table_bytes(index))
+) -> str:
+    """Index, rejects and sources; each whole or absent. Returns the sha256 of the index file."""
+    data = shard.table_bytes(index)
+    (root / "index.parquet").write(data)
     (root / "rejects.parquet").write(shard.table_bytes(pa.Table.from_pylist(list(rejects), schema=REJECTS_SCHEMA)))
     (root / "sources.parquet").write(shard.table_bytes(pa.Table.from_pylist(list(sources), schema=SOURCES_SCHEMA)))
+    return hashlib.sha256(data).hexdigest()

@@ -148,7 +148,7 @@ def refuse_other_settings(root: Place, now: dict[str, Any], codec_name: str) -> 
     for place, pick in ((root / "dataset.json", "settings"), (root / assemble.WORK / "settings.json", None)):
         if not place.is_file():
             continue
-        tree = json.loads(place.read())
+        tree = shard.read_info(root, ingested=True) if pick else _unfinished(place)
         there, here = _flat(tree[pick] if pick else tree), _flat(now)
         differ = [
             f"  - {name}: {there.get(name, 'absent')!r} there, {here.get(name, 'absent')!r} now"
@@ -166,6 +166,20 @@ def refuse_other_settings(root: Place, now: dict[str, Any], codec_name: str) -> 
                 f"OUT={root} was made with other settings:\n" + "\n".join(differ) + "\n"
                 "Give the same settings, or another OUT folder"
             )
+
+
+def _unfinished(place: Place) -> dict[str, Any]:
+    """Settings of a run that did not finish."""
+    try:
+        tree = json.loads(place.read())
+    except (ValueError, RecursionError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"{place} is damaged (it holds no JSON object). Delete {place.parent}, which holds what an unfinished run "
+            "has made so far, and run the same command again"
+        )
+    return tree
 
 
 @dataclass(frozen=True)
@@ -380,7 +394,8 @@ class Ingest:
             "counts": total,
             "shards": hashes,
         }
-        assemble.write_tables(self.root, index, rejected, assemble.source_rows(entries, self.facts))
+        tables = (index, rejected, assemble.source_rows(entries, self.facts))
+        info["index_sha256"] = assemble.write_tables(self.root, *tables)
         metas = {e.track_id: e.meta for e in entries}
         report.write(self.root, info, [metas[t] for t in index.column("track_id").to_pylist()], rejected)
         (self.root / "dataset.json").write(json.dumps(info, indent=1, sort_keys=True, ensure_ascii=False).encode())

@@ -3,7 +3,7 @@
     OUT/shards/<split>-<bucket>.tar   per track <key>.codes.npy (int16 [K, T]), <key>.chroma.npy (uint8 [T_c]) and
                                       <key>.json, in this order; chroma is [1 + n, T_c] in a set with n variants
     OUT/index.parquet                 one row per track, sorted by (shard, key), with byte offsets into the tars
-    OUT/dataset.json                  codec identity, settings, dataset version, shard hashes; written last
+    OUT/dataset.json                  codec identity, settings, version, hashes of index and shards; written last
 
 The tars are plain WebDataset shards. Member times and owners are zero and order is by key, so equal tracks give equal
 bytes. Training reads at random through the index: codes are memory-mapped when the set is on the local disk.
@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import mmap
+import re
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,27 @@ INDEX_SCHEMA = pa.schema(
         ("sha256", pa.string()),
     ]
 )
+_MAY_BE_EMPTY = ("work", "genre", "language")
+_SHARD_NAME = re.compile(r"shards/[^/\\]+\.tar")
+
+# What dataset.json must hold to be read; what ingest writes besides, and reads when it runs again.
+_INFO: dict[str, Any] = {
+    "dataset_version": str,
+    "codec": {
+        "name": str,
+        "identity": str,
+        "frame_rate": float,
+        "num_codebooks": int,
+        "codebook_size": int,
+        "sample_rate_hz": int,
+    },
+}
+_WORDS = {str(str): "text", str(int): "a whole number", str(float): "a number"}
+_INGESTED: dict[str, Any] = {
+    "settings": dict,
+    "shards": dict,
+    "counts": {"tracks": int, "rejects": int, "hours": float, "tracks_by_split": {"train": int}},
+}
 
 
 @dataclass(frozen=True)
@@ -172,19 +194,15 @@ class ShardSet:
         """Open the set at a URI or path.
 
         Raises:
-            UserError: there is no finished set, or it was written by another version of the format.
+            UserError: there is no finished set, it was written by another version of the format, its dataset.json or
+                index is damaged, or the index is not the one that dataset.json describes.
         """
         root = Place.at(uri)
         if not (root / "dataset.json").is_file():
             state = "exists but holds no finished data set" if root.exists() else "does not exist"
             raise UserError(f"DATA={uri!r} {state} (no dataset.json). Run `make ingest CATALOG=… OUT={uri}` first")
-        info = json.loads((root / "dataset.json").read())
-        if info.get("schema_version") != SCHEMA_VERSION:
-            raise UserError(
-                f"{root}: data set of schema version {info.get('schema_version')}, this program reads "
-                f"{SCHEMA_VERSION}; ingest the catalogue again into a new folder"
-            )
-        return cls(root, info, read_index(root))
+        info = read_info(root)
+        return cls(root, info, read_index(root, info))
 
     def __len__(self) -> int:
         return self.index.num_rows
@@ -236,6 +254,111 @@ class ShardSet:
         return memoryview(self._maps[shard])[offset : offset + size]
 
 
-def read_index(root: Place) -> pa.Table:
-    """The index table of the set at `root`."""
-    return pq.read_table(io.BytesIO((root / "index.parquet").read()), schema=INDEX_SCHEMA)
+def read_info(root: Place, *, ingested: bool = False) -> dict[str, Any]:
+    """dataset.json of the set at `root`.
+
+    Args:
+        ingested: ask for what ingest needs when it runs again, not only for what training reads.
+
+    Raises:
+        UserError: it is not JSON, lacks something, holds it as another type, or has another schema version.
+    """
+    place = root / "dataset.json"
+    try:
+        info = json.loads(place.read())
+    except (ValueError, RecursionError) as error:
+        raise damaged(place, f"it is not JSON ({error})") from error
+    if not isinstance(info, dict):
+        raise damaged(place, f"it holds {type(info).__name__}, expected an object")
+    if info.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"{root}: data set of schema version {info.get('schema_version')}, this program reads "
+            f"{SCHEMA_VERSION}; ingest the catalogue again into a new folder"
+        )
+    fault = _misfit(info, {**_INFO, **(_INGESTED if ingested else {})})
+    if not fault and not re.fullmatch("[0-9a-f]{64}", info["dataset_version"]):
+        fault = f"dataset_version is {info['dataset_version']!r}, expected 64 hexadecimal digits"
+    numbers = {name: value for name, value in info["codec"].items() if name in _INFO["codec"]} if not fault else {}
+    for name, value in numbers.items():
+        if not fault and not isinstance(value, str) and not 0 < value < float("inf"):
+            fault = f"codec.{name} is {value!r}, expected a number above 0"
+    if not fault and "shards" in info and not _maps_texts(info["shards"]):
+        fault = "shards is no object of names and hashes"
+    if fault:
+        raise damaged(place, fault)
+    return info
+
+
+def _misfit(tree: dict[str, Any], shape: dict[str, Any], prefix: str = "") -> str:
+    """The first fault of a document against names and types, in words; empty where there is none."""
+    for name, kind in shape.items():
+        if name not in tree:
+            return f"{prefix}{name} is missing"
+        value: Any = tree[name]
+        types = dict if isinstance(kind, dict) else (int, float) if kind is float else kind
+        if not isinstance(value, types) or isinstance(value, bool):
+            return f"{prefix}{name} is {str(value)[:60]!r}, expected {_WORDS.get(str(kind), 'an object')}"
+        if isinstance(kind, dict) and (fault := _misfit(tree[name], kind, f"{prefix}{name}.")):
+            return fault
+    return ""
+
+
+def _maps_texts(tree: Any) -> bool:
+    return isinstance(tree, dict) and all(isinstance(value, str) for value in tree.values())
+
+
+def damaged(place: Place, why: str) -> UserError:
+    """The error of a file of a set that is not what ingest wrote."""
+    return UserError(
+        f"{place} is damaged: {why}. Restore it from where the set was made, or delete this file and run "
+        f"`make ingest CATALOG=… OUT={place.parent}` again, which makes it anew and keeps what is whole"
+    )
+
+
+def read_table(place: Place, schema: pa.Schema, may_be_empty: Sequence[str]) -> tuple[pa.Table, str]:
+    """A table of a set and the sha256 of its file. Raises `UserError` where it cannot be read or has another schema."""
+    try:
+        data = place.read()
+    except FileNotFoundError as error:
+        raise damaged(place, "it is missing") from error
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        lacking = [name for name in schema.names if name not in table.column_names]
+        table = table if lacking else table.select(schema.names).cast(schema)
+    except Exception as error:  # pyarrow raises many kinds on a file that is not what it should be
+        raise damaged(place, f"it is not the parquet file that ingest writes ({str(error)[:200]})") from error
+    if lacking:
+        raise damaged(place, f"columns are missing: {', '.join(lacking)}")
+    empty = [name for name in schema.names if name not in may_be_empty and table.column(name).null_count]
+    if empty:
+        raise damaged(place, f"columns have empty cells: {', '.join(empty)}")
+    return table, hashlib.sha256(data).hexdigest()
+
+
+def read_index(root: Place, info: dict[str, Any]) -> pa.Table:
+    """The index table of the set at `root`.
+
+    Args:
+        info: dataset.json, whose `index_sha256` the file must have, or `dataset_version` its content; empty while a
+            commit is unfinished, when nothing says what the index was.
+
+    Raises:
+        UserError: it is damaged, or not the index that dataset.json describes.
+    """
+    place = root / "index.parquet"
+    table, sha256 = read_table(place, INDEX_SCHEMA, _MAY_BE_EMPTY)
+    if info and info.get("index_sha256") != sha256 and not _has_version(table, info["dataset_version"]):
+        raise damaged(
+            place, "it was changed since dataset.json was written (what is withdrawn is said in the catalogue)"
+        )
+    odd = next((name for name in table.column("shard").unique().to_pylist() if not _SHARD_NAME.fullmatch(name)), None)
+    if odd is not None:
+        raise damaged(place, f"it names the shard {odd!r}, expected shards/NAME.tar")
+    return table
+
+
+def _has_version(table: pa.Table, version: str) -> bool:
+    try:
+        return dataset_version(table) == version
+    except ValueError:  # numbers that no index has
+        return False

@@ -242,10 +242,17 @@ def save(work: Place, work_id: str, result: Result) -> None:
 
 
 def load(work: Place, work_id: str) -> Result:
-    """A kept result. Raises `FileNotFoundError`."""
-    with np.load(io.BytesIO((work / f"{work_id}{_SUFFIX}").read()), allow_pickle=False) as arrays:
-        facts = json.loads(arrays["facts"].tobytes())
-        return Result(facts, arrays["codes"], arrays["chroma"]) if "codes" in arrays else Result(facts)
+    """A kept result. Raises `FileNotFoundError`, and `UserError` where it is damaged."""
+    place = work / f"{work_id}{_SUFFIX}"
+    data = place.read()
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            facts = json.loads(arrays["facts"].tobytes())
+            return Result(facts, arrays["codes"], arrays["chroma"]) if "codes" in arrays else Result(facts)
+    except Exception as error:  # numpy, zip and JSON each raise kinds of their own
+        raise UserError(
+            f"{place} is damaged ({error}). Delete this file and run the same command again, which makes it anew"
+        ) from error
 
 
 def kept(work: Place) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from musicgen import codec as codecs
 from musicgen import settings
 from musicgen.chroma import chroma_bins
 from musicgen.errors import UserError
-from pipelines import assemble, stages
+from pipelines import assemble, shard, stages
 from pipelines import ingest as command
 from pipelines.assemble import SplitConfig
 from pipelines.shard import ShardSet
@@ -235,6 +236,48 @@ def test_growth_change_and_removal_give_the_set_made_at_once(
     sorted((tmp_path / "once/out/shards").iterdir())[1].unlink()
     assert run(write_rows(tmp_path / "once", final[:-1]), tmp_path / "once/out") == 0
     assert digests(tmp_path / "once/out") == good
+
+
+def test_a_damaged_set_is_named_and_made_whole_again(local_ray: str, tmp_path: Path) -> None:
+    catalogue, out = write_rows(tmp_path, [row(i, artist=f"A{i}") for i in range(4)]), tmp_path / "out"
+    assert run(catalogue, out) == 0
+    info = json.loads((out / "dataset.json").read_text())
+    assert info["index_sha256"] == hashlib.sha256((out / "index.parquet").read_bytes()).hexdigest()
+    good = {name: (out / name).read_bytes() for name in ("index.parquet", "rejects.parquet", "sources.parquet")}
+    good["dataset.json"] = json.dumps({k: v for k, v in info.items() if k != "index_sha256"}).encode()
+    shards = digests(out)
+    other = pa.table({"track_id": ["t000"], "n": [1]})
+    fewer = ShardSet.open(str(out)).index.slice(1)
+    for name, data in (
+        ("dataset.json", b"{"),
+        ("dataset.json", json.dumps({**info, "counts": {"tracks": 4}}).encode()),
+        ("dataset.json", json.dumps({k: v for k, v in info.items() if k != "settings"}).encode()),
+        *((name, good[name][:100]) for name in good),
+        *((name, shard.table_bytes(other)) for name in good if name != "dataset.json"),
+        ("index.parquet", shard.table_bytes(fewer)),
+        ("sources.parquet", good["sources.parquet"].replace(b"x", b"y", 1)[:-9]),
+    ):
+        (out / name).write_bytes(data)
+        with pytest.raises(UserError, match=rf"out/{name} is damaged: .*or delete this file and run `make ingest"):
+            run(catalogue, out)
+        (out / name).write_bytes(good[name])
+    assert run(catalogue, out) == 0  # a set of before, whose dataset.json has no hash of the index
+    for name in good:
+        (out / name).unlink()
+        assert run(catalogue, out) == 0
+        assert digests(out) == shards and len(ShardSet.open(str(out))) == 4
+
+
+def test_damaged_work_of_an_unfinished_run_is_named(local_ray: str, tmp_path: Path) -> None:
+    catalogue, out = write_rows(tmp_path, [row(i, artist=f"A{i}") for i in range(2)]), tmp_path / "out"
+    (out / ".work").mkdir(parents=True)
+    for text in (b"{", b"[]", b"\xff"):
+        (out / ".work" / "settings.json").write_bytes(text)
+        with pytest.raises(UserError, match=r"settings.json is damaged .*Delete .*out/.work, .*run the same command"):
+            run(catalogue, out)
+    (out / ".work" / "x.npz").write_bytes(b"no archive")
+    with pytest.raises(UserError, match=r"x.npz is damaged .*Delete this file and run the same command again"):
+        stages.load(Place.at(out / ".work"), "x")
 
 
 def test_a_later_day_turns_a_track_off(local_ray: str, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 
@@ -36,7 +39,9 @@ def make_set(folder: Path, tracks: int = 5) -> list[tuple[np.ndarray, np.ndarray
             rows.append({**written, **more, "genre": "folk", "language": "en", "withdrawn": written["key"][-1] == "1"})
     index = shard.index_table(rows[::-1])
     Place.at(folder / "index.parquet").write(shard.table_bytes(index))
+    codec = {"name": "tiny", "identity": "0" * 64, "frame_rate": 50, "num_codebooks": 4, "codebook_size": 2048}
     info = {"schema_version": 1, "dataset_version": shard.dataset_version(index)}
+    info["codec"] = {**codec, "sample_rate_hz": 32_000}
     Place.at(folder / "dataset.json").write(json.dumps(info).encode())
     return contents
 
@@ -110,3 +115,90 @@ def test_sets_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "old/dataset.json").write_text('{"schema_version": 0}')
     with pytest.raises(UserError, match="schema version 0, this program reads 1"):
         ShardSet.open(str(tmp_path / "old"))
+
+
+DAMAGE = {
+    b"\xff\x00": "it is not JSON",
+    b"{": "it is not JSON",
+    b"[" * 100_000: "it is not JSON",
+    b"[1]": "it holds list, expected an object",
+    b'{"schema_version": 1}': "dataset_version is missing",
+}
+CHANGED = {
+    "dataset_version": [(7, "dataset_version is '7', expected text"), ("../x", "expected 64 hexadecimal digits")],
+    "codec": [([], r"codec is '\[\]', expected an object"), ({"name": "x"}, "codec.identity is missing")],
+    "shards": [({"a": 1}, "shards is no object of names and hashes")],
+}
+
+
+@pytest.mark.parametrize("text", DAMAGE)
+def test_a_damaged_description_is_said(tmp_path: Path, text: bytes) -> None:
+    make_set(tmp_path)
+    (tmp_path / "dataset.json").write_bytes(text)
+    with pytest.raises(
+        UserError, match=rf"dataset.json is damaged: {DAMAGE[text]}.*delete this file and run `make ingest"
+    ):
+        ShardSet.open(str(tmp_path))
+
+
+def test_a_description_of_other_types_is_said(tmp_path: Path) -> None:
+    make_set(tmp_path)
+    info = json.loads((tmp_path / "dataset.json").read_text())
+    cases = [({name: value}, said) for name, values in CHANGED.items() for value, said in values]
+    cases += [
+        ({"codec": {**info["codec"], "frame_rate": value}}, "codec.frame_rate") for value in (0, "50", True, None)
+    ]
+    for change, said in cases:
+        (tmp_path / "dataset.json").write_text(json.dumps(info | change))
+        with pytest.raises(UserError, match=f"dataset.json is damaged: .*{said}"):
+            ShardSet.open(str(tmp_path))
+
+
+def test_a_damaged_index_is_said(tmp_path: Path) -> None:
+    make_set(tmp_path)
+    path = tmp_path / "index.parquet"
+    whole, table = path.read_bytes(), shard.ShardSet.open(str(tmp_path)).index
+    empty = table.set_column(0, "key", pa.array([None] * len(table), pa.string()))
+    texts = table.set_column(8, "frames", pa.array(["many"] * len(table)))
+    for data, said in (
+        (whole[: len(whole) // 2], "not the parquet file that ingest writes"),
+        (b"", "not the parquet file that ingest writes"),
+        (shard.table_bytes(texts), "not the parquet file that ingest writes"),
+        (shard.table_bytes(pa.table({"a": [1]})), "columns are missing: key, track_id"),
+        (shard.table_bytes(empty), "columns have empty cells: key"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(
+            UserError, match=f"index.parquet is damaged: .*{said}.*`make ingest CATALOG=… OUT={tmp_path}`"
+        ):
+            ShardSet.open(str(tmp_path))
+    path.unlink()
+    with pytest.raises(UserError, match=r"index.parquet is damaged: it is missing"):
+        ShardSet.open(str(tmp_path))
+
+
+@pytest.mark.parametrize("with_hash", [False, True])
+def test_an_index_under_another_description_is_noticed(tmp_path: Path, with_hash: bool) -> None:
+    make_set(tmp_path)
+    path, description = tmp_path / "index.parquet", tmp_path / "dataset.json"
+    if with_hash:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        description.write_text(json.dumps(json.loads(description.read_text()) | {"index_sha256": digest}))
+    table = ShardSet.open(str(tmp_path)).index
+    pq.write_table(table, path, compression="none")  # the same rows as other bytes: another library wrote it
+    assert ShardSet.open(str(tmp_path)).index.equals(table)
+    for changed in (table.slice(1), table.set_column(9, "weight", pa.array([float("nan")] * len(table), pa.float32()))):
+        path.write_bytes(shard.table_bytes(changed))
+        with pytest.raises(UserError, match=r"it was changed since dataset.json was written"):
+            ShardSet.open(str(tmp_path))
+
+
+def test_an_index_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    make_set(tmp_path)
+    table = ShardSet.open(str(tmp_path)).index
+    away = table.set_column(2, "shard", pa.array(["shards/../../x.tar"] * len(table)))
+    (tmp_path / "index.parquet").write_bytes(shard.table_bytes(away))
+    info = json.loads((tmp_path / "dataset.json").read_text()) | {"dataset_version": shard.dataset_version(away)}
+    (tmp_path / "dataset.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"it names the shard 'shards/../../x.tar', expected shards/NAME.tar"):
+        ShardSet.open(str(tmp_path))
