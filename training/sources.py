@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,10 +30,15 @@ from pipelines.store import Place, atomic_local, clear_disk_errors
 CACHE = "~/.cache/musicgen-pipeline/shards"
 CHUNK_BYTES = 2**23
 TRIES = 5
+# A place whose last option is an endpoint without its port (`:9000`, or `%3A9000`): a name, or an address in brackets.
+_HOST_LAST = re.compile(r"[?&]endpoint_override=(\w+://)?(\[[^]]*\]|((?!%3[Aa])[^:&])*)$")
 
 
 def parse(spec: str) -> list[tuple[str, float]]:
     """`uri`, or `uri:share,uri:share,…`, as places and shares that add up to 1.
+
+    A whole number right behind the host of a URI's `endpoint_override` is its port: `s3://a/b?endpoint_override=host:9000`
+    has no share, `s3://a/b?endpoint_override=host:9000:0.3` has one.
 
     Raises:
         UserError: a share that is not a positive number.
@@ -53,8 +59,10 @@ def parse(spec: str) -> list[tuple[str, float]]:
 
 def _share_of(part: str) -> tuple[str, float | None]:
     place, colon, number = part.rpartition(":")
+    if not colon or (number.isdecimal() and _HOST_LAST.search(place)):
+        return part, None
     try:
-        return (place, float(number)) if colon else (part, None)
+        return place, float(number)
     except ValueError:
         return part, None
 
@@ -178,13 +186,19 @@ def open_data(spec: str, cache: str = "", *, rank: int = 0) -> Sources:
         UserError: no finished data set, an altered shard, a store that does not answer, a full disk.
     """
     parts = parse(spec)
-    sets = [ShardSet.open(_here(place, cache or CACHE, rank)) for place, _ in parts]
+    sets = [_open(place, cache or CACHE, rank) for place, _ in parts]
     return Sources(sets, [share for _, share in parts])
 
 
-def _here(place: str, cache: str, rank: int) -> str:
+def _open(place: str, cache: str, rank: int) -> ShardSet:
     root = Place.at(place)
-    return place if root.local else str(fetch(root, Path(cache).expanduser(), rank=rank))
+    if root.local:
+        return ShardSet.open(place)
+    folder = fetch(root, Path(cache).expanduser(), rank=rank)
+    try:
+        return ShardSet.open(str(folder))
+    except UserError as error:
+        raise UserError(f"{error}. This is a copy of {root}: delete {folder} and it is fetched again") from error
 
 
 def fetch(root: Place, cache: Path, *, rank: int = 0) -> Path:
@@ -193,7 +207,7 @@ def fetch(root: Place, cache: Path, *, rank: int = 0) -> Path:
     Raises:
         UserError: no set there, bytes that are not those that dataset.json names, a store that does not answer.
     """
-    remote = ShardSet.open(root.uri)
+    remote: ShardSet = _tried(lambda: ShardSet.open(root.uri), root)
     folder = cache / remote.info["dataset_version"][:32]
     if (folder / "dataset.json").is_file():
         return folder
@@ -211,8 +225,13 @@ def fetch(root: Place, cache: Path, *, rank: int = 0) -> Path:
             _fetch_one(root / name, folder / name, hashes[name], blocking=blocking)
     with _locked(folder / ".lock", blocking=True):
         if not (folder / "dataset.json").is_file():
-            for name in ("index.parquet", "dataset.json"):
-                Place.at(folder / name).write(_tried(lambda name=name: (root / name).read(), root / name))  # type: ignore[misc]
+            files = {name: _tried((root / name).read, root / name) for name in ("index.parquet", "dataset.json")}
+            if _tried(lambda: ShardSet.open(root.uri), root).info != remote.info:
+                raise UserError(
+                    f"DATA={root} changed while it was fetched: ingest is writing there; wait and try again"
+                )
+            for name, data in files.items():
+                Place.at(folder / name).write(data)
     return folder
 
 

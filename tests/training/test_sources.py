@@ -72,6 +72,33 @@ def test_one_set_keeps_its_version_and_a_mixture_has_its_own(two: tuple[Path, Pa
             sources.parse(bad)
 
 
+@pytest.mark.parametrize(
+    ("spec", "places"),
+    [
+        ("s3://m/a?endpoint_override=host:9000", [("s3://m/a?endpoint_override=host:9000", 1.0)]),
+        ("s3://m/a?x=y&endpoint_override=[::1]:9000", [("s3://m/a?x=y&endpoint_override=[::1]:9000", 1.0)]),
+        ("s3://m/a?endpoint_override=http://h:9", [("s3://m/a?endpoint_override=http://h:9", 1.0)]),
+        ("s3://m/a?endpoint_override=h:9000:3,b:1", [("s3://m/a?endpoint_override=h:9000", 0.75), ("b", 0.25)]),
+        ("s3://m/a?endpoint_override=h%3A9000:3,b:1", [("s3://m/a?endpoint_override=h%3A9000", 0.75), ("b", 0.25)]),
+        ("s3://m/a?endpoint_override=h:9000,b", [("s3://m/a?endpoint_override=h:9000", 0.5), ("b", 0.5)]),
+        ("s3://m/a?endpoint_override=h:0.5,b:0.5", [("s3://m/a?endpoint_override=h", 0.5), ("b", 0.5)]),
+        ("s3://m/a?endpoint_override=h:9000&scheme=http:3,b:1", [
+            ("s3://m/a?endpoint_override=h:9000&scheme=http", 0.75), ("b", 0.25)]),
+    ],
+)  # fmt: skip
+def test_a_port_is_no_share(spec: str, places: list[tuple[str, float]]) -> None:
+    assert sources.parse(spec) == places
+
+
+def test_a_store_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sources, "TRIES", 1)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(UserError, match=r"^DATA: s3://m/a could not be read after 1 tries: "):
+        sources.open_data("s3://m/a?scheme=http&endpoint_override=127.0.0.1:9", str(tmp_path))
+
+
 def test_codecs_do_not_mix(two: tuple[Path, Path], tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "c", size=64, codec={"name": "other", "identity": "f" * 64})
     with pytest.raises(UserError, match=r"DATA mixes codecs.*'tiny' \(identity 0000.*'other' \(identity ffff"):
@@ -152,6 +179,17 @@ def test_a_remote_set_is_fetched_once_and_checked(two: tuple[Path, Path], store:
     (Place.at(bad) / "shards/train-00000.tar").delete()
     with pytest.raises(UserError, match="is gone"):
         sources.fetch(Place.at(bad), tmp_path)
+
+
+def test_a_damaged_copy_says_that_it_is_one(two: tuple[Path, Path], store: str, tmp_path: Path) -> None:
+    uri = store.replace("SET", "copied")
+    upload(two[0], uri)
+    folder = sources.fetch(Place.at(uri), tmp_path)
+    (folder / "index.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=rf"index.parquet is damaged.*copy of s3://music/copied: delete {folder} and"):
+        sources.open_data(uri, str(tmp_path))
+    shutil.rmtree(folder)
+    assert len(sources.open_data(uri, str(tmp_path))) == 40
 
 
 def _fetch(uri: str, cache: str, rank: int, out: str) -> None:
