@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from musicgen.request import (
     EMPTY_PROMPT,
     MAX_SECONDS,
     Request,
+    check,
     check_duration,
     codes,
     encode_audio,
@@ -169,9 +170,28 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tuple[Request, dict[str, Any]]:
-    """The command's request, and what the marking says about it beside prompt and sampling."""
+    """The command's request, and what the marking says about it beside prompt and sampling.
+
+    Whether it can be made is asked before the sounds in it are read.
+    """
+    many, told = config.clips, dict[str, Any]()
+    negatives = None
+    if config.negative_prompt.strip():
+        negatives = [config.negative_prompt.strip()] * many
+        told["negative_prompt"] = negatives[0]
+    request = Request(
+        [prompt] * many,
+        config.duration,
+        range(config.seed, config.seed + many),
+        config.sampling,
+        negatives,
+        stride_seconds=config.extend_stride,
+        melodies=torch.zeros(many, 1, dtype=torch.uint8) if config.melody else None,
+        attributes=[config.attributes] * many,
+        styles=torch.zeros(many, model.codec.num_codebooks, 1, dtype=torch.long) if config.style else None,
+    )
+    check(model, request)
     given: Tensor | None = None
-    told: dict[str, Any] = {}
     if config.prompt_audio:
         limit = config.prompt_seconds or MAX_SECONDS
         codec = model.codec
@@ -188,22 +208,11 @@ def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tup
     if config.style:
         styles = _style(model, config)
         told["style"] = {"seconds": styles.shape[2] / model.codec.frame_rate}
-    negatives = None
-    if config.negative_prompt.strip():
-        negatives = [config.negative_prompt.strip()]
-        told["negative_prompt"] = negatives[0]
-    many = config.clips
-    request = Request(
-        [prompt] * many,
-        config.duration,
-        range(config.seed, config.seed + many),
-        config.sampling,
-        negatives and negatives * many,
-        given if given is None else given.expand(many, -1, -1),
-        config.extend_stride,
-        melodies if melodies is None else melodies.expand(many, -1),
-        [config.attributes] * many,
-        styles if styles is None else styles.expand(many, -1, -1),
+    request = replace(
+        request,
+        given=given if given is None else given.expand(many, -1, -1),
+        melodies=melodies if melodies is None else melodies.expand(many, -1),
+        styles=styles if styles is None else styles.expand(many, -1, -1),
     )
     return request, told
 

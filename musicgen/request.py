@@ -24,7 +24,7 @@ from musicgen.chroma import NONE
 from musicgen.conditions import Conditions
 from musicgen.engine import Engine
 from musicgen.errors import UserError
-from musicgen.model import MusicGen, encode_prompts
+from musicgen.model import _TEXT_BUCKET, MusicGen, encode_prompts
 from musicgen.sampling import SamplingConfig
 from musicgen.stream_decoder import StreamDecoder, decode_long
 from musicgen.windows import LENGTH_BOUND, Windows, margin_of, stream_codes
@@ -144,18 +144,28 @@ def _branches(model: MusicGen, request: Request) -> tuple[list[Conditions], Tens
     return branches, torch.stack(scales)
 
 
-def _chroma(model: MusicGen, request: Request) -> Tensor | None:
-    """The melodies on the model's device, or none for each clip; None for a model without melody input."""
-    if model.lm.config.condition.melody:
-        given = request.melodies
-        none = torch.full((len(request.prompts), 1), NONE, dtype=torch.uint8)
-        return (none if given is None else given).to(model.lm.out_norm.weight.device)
-    if request.melodies is not None:
+def _refuse_unheard(model: MusicGen, request: Request) -> None:
+    """Raises `UserError` for a melody or a style that the model has no input for."""
+    condition = model.lm.config.condition
+    if request.melodies is not None and not condition.melody:
         raise UserError(
             "MELODY was given, but this model has no melody input: it was trained on text alone. Leave MELODY out, or "
             "give the MODEL of a run with --lm.condition.melody true"
         )
-    return None
+    if request.styles is not None and not condition.style.dim:
+        raise UserError(
+            "STYLE was given, but this model has no style input. Leave STYLE out, or give the MODEL of a run with "
+            "--lm.condition.style.dim 64"
+        )
+
+
+def _chroma(model: MusicGen, request: Request) -> Tensor | None:
+    """The melodies on the model's device, or none for each clip; None for a model without melody input."""
+    if not model.lm.config.condition.melody:
+        return None
+    given = request.melodies
+    none = torch.full((len(request.prompts), 1), NONE, dtype=torch.uint8)
+    return (none if given is None else given).to(model.lm.out_norm.weight.device)
 
 
 def _style(model: MusicGen, request: Request) -> Tensor | None:
@@ -166,11 +176,6 @@ def _style(model: MusicGen, request: Request) -> Tensor | None:
     given = request.styles
     if given is None:
         return None
-    if not model.lm.config.condition.style.dim:
-        raise UserError(
-            "STYLE was given, but this model has no style input. Leave STYLE out, or give the MODEL of a run with "
-            "--lm.condition.style.dim 64"
-        )
     latents = style.Latents(model.codec).to(model.lm.out_norm.weight.device)
     with torch.no_grad():
         return torch.cat([model.lm.style_vector(latents(excerpt[None])) for excerpt in given])
@@ -185,17 +190,65 @@ def _attributes(model: MusicGen, request: Request) -> Tensor | None:
     return torch.from_numpy(np.stack(rows)).to(model.lm.out_norm.weight.device)
 
 
-def codes(model: MusicGen, request: Request, progress: Progress | None = None) -> Iterator[Tensor]:
-    """Codes `[B, K, n]` of a request as their frames become complete; see `generate` for errors."""
+def check(model: MusicGen, request: Request, engine: Engine | None = None) -> Windows:
+    """Refuse what this model or this machine cannot make, before anything is encoded.
+
+    Of the sounds in a request only shapes count, so that it can be asked before they are read.
+
+    Args:
+        engine: the model packed for stepping, where it is not `model.engine`.
+
+    Returns:
+        how the clips are cut.
+
+    Raises:
+        UserError: what `Request` refuses for a model, top_k beyond the codebook, more than the memory holds.
+    """
     size = model.lm.config.codebook_size
     if request.sampling.top_k > size:
         raise UserError(
             f"top_k is {request.sampling.top_k}, but a codebook has {size} codes; give 0 (all) up to {size}"
         )
     windows = _windows(model, request)
-    branches, scales = _branches(model, request)
+    _refuse_unheard(model, request)
+    texts = [text or "" for text in (*request.prompts, *(request.negatives or ()))]
+    encoder: Any = model.text_encoder.model.config
+    load = memory.Load(
+        len(request.prompts),
+        _num_branches(request),
+        _text_places(model, texts),
+        0 if request.given is None else request.given.shape[2],
+        windows,
+        request.duration_seconds,
+        int(getattr(encoder, "num_heads", 0) or getattr(encoder, "num_attention_heads", 0)),
+    )
+    memory.check(engine or model.engine or Engine(model.lm), model.codec, load)
+    return windows
+
+
+def _text_places(model: MusicGen, texts: Sequence[str]) -> int:
+    """Places of the longest text as `encode_prompts` pads it, which refuses what is beyond the encoder's limit."""
+    longest = max(model.text_encoder.num_tokens(text) for text in set(texts))
+    longest = min(longest, model.text_encoder.max_tokens or longest)
+    return -(-longest // _TEXT_BUCKET) * _TEXT_BUCKET
+
+
+def _num_branches(request: Request) -> int:
+    """The most branches that `_branches` can have, from shapes alone."""
+    given, config = (*request.prompts, *(request.negatives or ())), request.sampling
+    melody, styled = request.melodies is not None, request.styles is not None
+    heard = melody or styled or any(request.attributes or ()) or any(text is not None for text in given)
+    if not heard or not config.guides():
+        return 1
+    own = (melody and config.guidance_melody is not None, styled and config.guidance_style is not None)
+    return 2 + sum(own)
+
+
+def codes(model: MusicGen, request: Request, progress: Progress | None = None) -> Iterator[Tensor]:
+    """Codes `[B, K, n]` of a request as their frames become complete; see `generate` for errors."""
     engine = model.engine or Engine(model.lm)
-    memory.check(engine, model.codec, len(request.prompts), len(branches), windows, request.duration_seconds)
+    windows = check(model, request, engine)
+    branches, scales = _branches(model, request)
     return stream_codes(engine, branches, request.seeds, request.sampling, windows, request.given, scales, progress)
 
 
