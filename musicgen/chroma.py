@@ -18,6 +18,7 @@ HOP = 4_096
 NUM_CHROMA = 12
 NONE = 255
 SILENCE_DBFS = -60.0
+_BLOCK = 4096  # frames whose spectrum is held at a time, nine minutes at 32 kHz
 
 
 @lru_cache(maxsize=4)
@@ -60,8 +61,17 @@ def chroma_bins(audio: np.ndarray | Tensor, sample_rate_hz: int = 32_000) -> np.
     A frame is silent where the power under its window lies below -60 dBFS.
     """
     wave = _mono(audio)
-    chroma = chromagram(wave, sample_rate_hz)
-    bins = chroma.argmax(dim=0).to(torch.uint8)
+    frames = 1 + wave.shape[0] // HOP
+    if frames <= _BLOCK:
+        bins = chromagram(wave, sample_rate_hz).argmax(dim=0).to(torch.uint8)
+    else:
+        # A block of sound has its frames at the same places as the whole, but for those near its ends.
+        beside, found = WINDOW // HOP, []
+        for first in range(0, frames, _BLOCK):
+            start = max(0, first - beside)
+            piece = wave[start * HOP : (first + _BLOCK + beside) * HOP]
+            found.append(chromagram(piece, sample_rate_hz).argmax(dim=0)[first - start :][:_BLOCK])
+        bins = torch.cat(found).to(torch.uint8)
     power = torch.nn.functional.pad(wave.square()[None, None], (WINDOW // 2, WINDOW // 2 + HOP))
     level = torch.nn.functional.avg_pool1d(power, WINDOW, HOP)[0, 0][: bins.shape[0]]
     bins[level < 10 ** (SILENCE_DBFS / 10)] = NONE

@@ -17,10 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from musicgen import files, listen, settings, stems, wav
+from musicgen.chroma import HOP as CHROMA_HOP
 from musicgen.chroma import NONE, SILENCE_DBFS, chroma_bins
 from musicgen.chroma import WINDOW as CHROMA_WINDOW
 from musicgen.errors import UserError
@@ -193,11 +195,8 @@ def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tup
     check(model, request)
     given: Tensor | None = None
     if config.prompt_audio:
-        limit = config.prompt_seconds or MAX_SECONDS
-        codec = model.codec
-        sound = listen.read(config.prompt_audio, codec.sample_rate, codec.channels, what="AUDIO", max_seconds=limit)
-        given = encode_audio(model, sound)
-        told["prompt_audio_seconds"] = given.shape[2] / codec.frame_rate
+        given = encode_audio(model, _prompt_audio(model, config))
+        told["prompt_audio_seconds"] = given.shape[2] / model.codec.frame_rate
     if config.attributes:
         told["attributes"] = dict(config.attributes)
     melodies = None
@@ -217,13 +216,28 @@ def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tup
     return request, told
 
 
+def _prompt_audio(model: MusicGen, config: GenerateConfig) -> np.ndarray:
+    """Sound `[C, N]` that the clip begins with, refused before it is encoded where it leaves nothing to make."""
+    codec, limit = model.codec, min(config.prompt_seconds or MAX_SECONDS, config.duration)
+    sound = listen.read(config.prompt_audio, codec.sample_rate, codec.channels, what="AUDIO", max_seconds=limit)
+    if sound.shape[1] >= round(config.duration * codec.sample_rate):
+        raise UserError(
+            f"AUDIO={config.prompt_audio!r} is {config.duration:g} s long or longer and DURATION={config.duration:g} "
+            "counts it in, so nothing is left to make; give a longer DURATION or less of it (--prompt_seconds)"
+        )
+    return sound
+
+
 def _melody(model: MusicGen, config: GenerateConfig) -> Tensor:
-    """Pitch classes `[1, C]` of the melody file."""
+    """Pitch classes `[1, C]` of as much of the melody file as the clip can hear: its last window may begin anywhere."""
     rate = model.codec.sample_rate
+    heard = config.duration + (model.lm.config.condition.chroma_frames * CHROMA_HOP + CHROMA_WINDOW) / rate
+    limit = min(heard, listen.MAX_SECONDS)
     if config.melody_stems:
-        sound = stems.melody(listen.read(config.melody, stems.SAMPLE_RATE, 2, what="MELODY"), rate)
+        sound = listen.read(config.melody, stems.SAMPLE_RATE, 2, what="MELODY", max_seconds=limit)
+        sound = stems.melody(sound, rate)
     else:
-        sound = listen.read(config.melody, rate, 1, what="MELODY")[0]
+        sound = listen.read(config.melody, rate, 1, what="MELODY", max_seconds=limit)[0]
     if len(sound) < CHROMA_WINDOW:
         raise UserError(
             f"MELODY={config.melody!r} is {len(sound) / rate:.2f} s long; a melody needs at least "
@@ -231,22 +245,22 @@ def _melody(model: MusicGen, config: GenerateConfig) -> Tensor:
         )
     bins = torch.from_numpy(chroma_bins(sound, rate))[None]
     if bool((bins == NONE).all()):
-        raise UserError(f"MELODY={config.melody!r} is silent throughout; give a recording with a melody")
+        raise UserError(
+            f"MELODY={config.melody!r} is silent throughout the {len(sound) / rate:.1f} s that are heard of it; "
+            "give a recording with a melody"
+        )
     return bins
 
 
 def _style(model: MusicGen, config: GenerateConfig) -> Tensor:
     """Codes `[1, K, F]` of an excerpt from the middle of the style file, as long as the mean one of the training."""
     codec, style = model.codec, model.lm.config.condition.style
-    sound = listen.read(config.style, codec.sample_rate, codec.channels, what="STYLE")
-    seconds = sound.shape[1] / codec.sample_rate
+    wanted = (style.min_seconds + style.max_seconds) / 2
+    excerpt, seconds = listen.read_middle(config.style, codec.sample_rate, codec.channels, what="STYLE", seconds=wanted)
     if seconds < style.min_seconds:
         raise UserError(
             f"STYLE={config.style!r} is {seconds:.2f} s long; a style needs at least {style.min_seconds:g} s of music"
         )
-    wanted = round((style.min_seconds + style.max_seconds) / 2 * codec.sample_rate)
-    start = max(0, (sound.shape[1] - wanted) // 2)
-    excerpt = sound[:, start : start + wanted]
     if float(abs(excerpt).max()) < 10 ** (SILENCE_DBFS / 20):
         raise UserError(f"STYLE={config.style!r} is silent in its middle; give a recording with music")
     return encode_audio(model, excerpt)

@@ -1,13 +1,18 @@
 """Sound that a user hands in (an audio prompt, a melody), from any file that PyAV reads, as the model takes it.
 
 The file is the user's own, so it is decoded in this process, by audio demuxers only, so that no playlist can make the
-decoder open other files, and no longer than asked. Frames whose rate, channels or format differ from the first are
-left out: damaged AAC otherwise crashes the conversion.
+decoder open other files. Of a long file no more is held than is asked for: it is read while it is decoded, its channels
+are mixed block by block, and decoding ends where the sound that is wanted does. Frames whose rate, channels or format
+differ from the first are left out: damaged AAC otherwise crashes the conversion.
 """
 
 from __future__ import annotations
 
 import io
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -16,6 +21,8 @@ from musicgen.errors import UserError
 
 _FORMATS = "wav,w64,rf64,aiff,caf,au,flac,mp3,ogg,mov,mp4,m4a,matroska,webm,aac,asf,ape,wv,tta,mpc,mpc8,ac3,eac3"
 MAX_SECONDS = 3600.0
+_MAX_PIPE = 2**30  # bytes of what is no file, such as a pipe, which has to be read whole
+_MARGIN_SECONDS = 0.5  # around an excerpt, so that resampling begins and ends outside of it
 
 
 def read(path: str, sample_rate_hz: int, channels: int, *, what: str, max_seconds: float = MAX_SECONDS) -> np.ndarray:
@@ -25,57 +32,129 @@ def read(path: str, sample_rate_hz: int, channels: int, *, what: str, max_second
         path: a path or URI.
         channels: 1 (mean of the file's channels) or 2.
         what: how the user named it, such as `MELODY`.
-        max_seconds: the rest of a longer file is left out.
+        max_seconds: the rest of a longer file is left out, unread.
 
     Raises:
         UserError: no such file, not audio, no sound in it, or samples that are not finite.
     """
+    name = f"{what}={path!r}"
+    with _opened(path, what) as file:
+        parts, samples, rate = [], 0, 0
+        for pcm, rate in _blocks(file, name):
+            parts.append(_mixed(pcm, channels, name))
+            samples += pcm.shape[1]
+            if samples >= max_seconds * rate:
+                break
+    pcm = np.concatenate(parts, axis=1)[:, : round(max_seconds * rate)]
+    return _resample(pcm, rate, sample_rate_hz)
+
+
+def read_middle(
+    path: str, sample_rate_hz: int, channels: int, *, what: str, seconds: float
+) -> tuple[np.ndarray, float]:
+    """An excerpt of so many seconds from the middle of a file, the whole of a shorter one, and the file's seconds.
+
+    The file is decoded twice, once for its length, which containers state wrongly or not at all; of more than an hour
+    the first hour counts. For arguments and errors see `read`.
+    """
+    name = f"{what}={path!r}"
+    with _opened(path, what) as file:
+        length, rate = 0, 1
+        for pcm, rate in _blocks(file, name):
+            length = min(length + pcm.shape[1], round(MAX_SECONDS * rate))
+            if length >= MAX_SECONDS * rate:
+                break
+        total = (length * sample_rate_hz + rate // 2) // rate  # samples at the rate asked for
+        wanted = min(round(seconds * sample_rate_hz), total)
+        begin = (total - wanted) // 2
+        # A whole number of samples at both rates, so that the excerpt is that of the whole file resampled.
+        step = rate // int(np.gcd(rate, sample_rate_hz))
+        margin = round(_MARGIN_SECONDS * rate)
+        first = max(0, begin * rate // sample_rate_hz - margin) // step * step
+        last = min(length, (begin + wanted) * rate // sample_rate_hz + margin)
+        file.seek(0)
+        parts, at = [], 0
+        for pcm, _ in _blocks(file, name):
+            if at + pcm.shape[1] > first:
+                parts.append(_mixed(pcm[:, max(0, first - at) : last - at], channels, name))
+            at += pcm.shape[1]
+            if at >= last:
+                break
+    sound = _resample(np.concatenate(parts, axis=1), rate, sample_rate_hz)
+    start = begin - first * sample_rate_hz // rate
+    return sound[:, start : start + wanted], length / rate
+
+
+@contextmanager
+def _opened(path: str, what: str) -> Iterator[BinaryIO]:
+    """The file, to be read from any place in it."""
+    local = files.local_path(path)
     try:
-        raw = files.read_bytes(path)
+        if local is None:
+            yield io.BytesIO(files.read_bytes(path))
+            return
+        with local.open("rb") as file:
+            if stat.S_ISREG(local.stat().st_mode):
+                yield file
+                return
+            raw = file.read(_MAX_PIPE + 1)
+        if len(raw) > _MAX_PIPE:
+            raise UserError(f"{what}={path!r} is no file and does not end within 1 GiB; give an audio file")
+        yield io.BytesIO(raw)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{what}={path!r} does not exist; give an audio file") from None
     except OSError as error:
         raise UserError(f"{what}={path!r} cannot be read: {error.strerror or error}; give an audio file") from None
-    pcm, rate = _decode(raw, f"{what}={path!r}", max_seconds)
-    if not np.isfinite(pcm).all():
-        raise UserError(f"{what}={path!r} holds samples that are not finite (NaN or infinity); export it again")
-    if pcm.shape[0] != channels:
-        pcm = np.repeat(pcm.mean(axis=0, keepdims=True, dtype=np.float32), channels, axis=0)
-    return _resample(pcm, rate, sample_rate_hz)
 
 
-def _decode(raw: bytes, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
+def _blocks(file: BinaryIO, name: str) -> Iterator[tuple[np.ndarray, int]]:
+    """Sound as it is decoded, float32 `[C, n]`, and its rate; at least one block with a sample."""
     import av
 
     advice = f"give an audio file ({', '.join(_FORMATS.split(',')[:7])} …)"
+    first, found = None, False
     try:
-        with av.open(io.BytesIO(raw), "r", options={"format_whitelist": _FORMATS}) as container:
+        with av.open(file, "r", options={"format_whitelist": _FORMATS}) as container:
             if not container.streams.audio:
                 raise UserError(f"{name} holds no sound; {advice}")
-            first, parts, samples = None, [], 0
-            resampler = av.AudioResampler(format="fltp")
-            try:
-                for frame in container.decode(container.streams.audio[0]):
-                    key = (frame.sample_rate, frame.layout.name, frame.format.name)
-                    first = first or key
-                    if key != first:
-                        continue
-                    for piece in resampler.resample(frame):
-                        parts.append(piece.to_ndarray())
-                        samples += piece.samples
-                    if samples >= max_seconds * frame.sample_rate:
-                        break
-            except av.error.FFmpegError:
-                if not parts:  # a damaged end is no reason to refuse what came before
-                    raise
+            resampler = av.AudioResampler(format="flt")  # in turn: PyAV crashes on eight channels one after the other
+            frames = container.decode(container.streams.audio[0])
+            while (frame := _next(frames, found)) is not None:
+                key = (frame.sample_rate, frame.layout.name, frame.format.name)
+                first = first or key
+                if key != first:
+                    continue
+                for piece in resampler.resample(frame):
+                    if piece.samples:
+                        found = True
+                        yield piece.to_ndarray().reshape(piece.samples, -1).T.astype(np.float32, copy=False), first[0]
     except (av.error.FFmpegError, ValueError, OSError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{name} is not audio that can be read ({_words(error)}); {advice}") from None
-    if first is None or samples == 0:
+    if not found:
         raise UserError(f"{name} holds no sound; {advice}")
-    pcm = np.concatenate(parts, axis=1)[:, : round(max_seconds * first[0])]
-    return pcm.astype(np.float32), first[0]
+
+
+def _next(frames: Iterator[Any], found: bool) -> Any:
+    """The next frame; None at the end, and at damage behind sound: no reason to refuse what came before."""
+    import av
+
+    try:
+        return next(frames, None)
+    except av.error.FFmpegError:
+        if not found:
+            raise
+        return None
+
+
+def _mixed(pcm: np.ndarray, channels: int, name: str) -> np.ndarray:
+    """`[C, n]` in so many channels: as it is, or the mean in each of them."""
+    if not np.isfinite(pcm).all():
+        raise UserError(f"{name} holds samples that are not finite (NaN or infinity); export it again")
+    if pcm.shape[0] == channels:
+        return pcm
+    return np.repeat(pcm.mean(axis=0, keepdims=True, dtype=np.float32), channels, axis=0)
 
 
 def _words(error: BaseException) -> str:

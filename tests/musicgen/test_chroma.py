@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from musicgen import chroma
 from musicgen.chroma import HOP, NONE, chroma_bins
 
 A4 = 9
@@ -43,3 +44,22 @@ def test_equals_librosa_formula_of_transformers() -> None:
     )
     bank = chroma_filter_bank(num_frequency_bins=16_384, num_chroma=12, sampling_rate=32_000, tuning=0.0)
     assert (chroma_bins(audio) == (bank @ power).argmax(0)).all()
+
+
+@pytest.mark.parametrize("seconds", [41.0, 20.5, 20.48, 20.6])
+def test_a_long_recording_is_heard_in_blocks(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    audio = np.concatenate([tone(hz, 0.3) for hz in rng.uniform(100, 2000, int(seconds / 0.3) + 1)])
+    audio = audio[: int(seconds * 32_000)] + rng.normal(scale=0.01, size=int(seconds * 32_000)).astype(np.float32)
+    whole = chroma_bins(audio)
+    monkeypatch.setattr(chroma, "_BLOCK", 32)
+    most, real = 0, chroma.chromagram
+
+    def watched(wave: object, rate: int) -> object:
+        nonlocal most
+        most = max(most, len(wave))  # type: ignore[arg-type]
+        return real(wave, rate)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(chroma, "chromagram", watched)
+    assert (chroma_bins(audio) == whole).all()
+    assert most <= 40 * HOP

@@ -149,6 +149,22 @@ def test_command_refuses_in_words(folder: Path, model: str, arguments: list[str]
         command(folder, model, *(a.format(folder) if a.startswith("{}") else a for a in arguments))
 
 
+def test_of_a_long_file_the_command_reads_what_the_clip_can_hear(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, float] = {}
+    real = generate.listen.read
+
+    def watched(*arguments: object, what: str, max_seconds: float = 3600.0) -> np.ndarray:
+        asked[what] = max_seconds
+        return real(*arguments, what=what, max_seconds=max_seconds)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generate.listen, "read", watched)
+    assert command(folder, "melody", "--melody", str(folder / "a.flac")) == 0
+    with pytest.raises(UserError, match=r"AUDIO='.*' is 0.6 s long or longer and DURATION=0.6 counts it in"):
+        command(folder, "text", "--prompt_audio", str(folder / "a.flac"))
+    # The clip, and the prefix of 8 frames of the window that begins at its end.
+    assert asked["MELODY"] == pytest.approx(0.6 + 8 * 0.128 + 0.512) and asked["AUDIO"] == pytest.approx(0.6)
+
+
 def test_command_sets_attributes_continues_and_streams(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(folder, "named", "--attributes.genre", "jazz", "--attributes.tempo", "90") == 0
     whole = (folder / "out.wav").read_bytes()

@@ -68,6 +68,56 @@ def test_a_cut_file_gives_what_it_holds(tmp_path: Path) -> None:
     assert listen.read(str(tmp_path / "cut.mp3"), 32_000, 1, what="AUDIO").shape[1] > 32_000
 
 
+@pytest.mark.parametrize("rate", [44_100, 32_000, 48_000])
+@pytest.mark.parametrize("suffix", ["flac", "wav"])
+def test_the_middle_of_a_file_is_that_of_the_whole(tmp_path: Path, rate: int, suffix: str) -> None:
+    rng = np.random.default_rng(0)
+    path = str(tmp_path / f"long.{suffix}")
+    soundfile.write(path, 0.1 * rng.normal(size=(7 * rate + 1234, 2)), rate)
+    whole = listen.read(path, 32_000, 1, what="STYLE")
+    middle, seconds = listen.read_middle(path, 32_000, 1, what="STYLE", seconds=3.0)
+    assert seconds == pytest.approx(7 + 1234 / rate) and middle.shape == (1, 96_000)
+    start = (whole.shape[1] - 96_000) // 2
+    assert np.abs(middle - whole[:, start : start + 96_000]).max() < 1e-4
+    short, _ = listen.read_middle(path, 32_000, 1, what="STYLE", seconds=60.0)
+    assert np.abs(short - whole).max() < 1e-4
+
+
+def test_of_a_long_file_no_more_is_held_than_is_asked_for(tmp_path: Path) -> None:
+    """Ten minutes on the disk; a second of it is a second in memory, the file's bytes included."""
+    import tracemalloc
+
+    path = str(tmp_path / "long.wav")
+    soundfile.write(path, 0.1 * np.ones(600 * 32_000), 32_000, subtype="FLOAT")
+    for read in (
+        lambda: listen.read(path, 32_000, 1, what="MELODY", max_seconds=1.0),
+        lambda: listen.read_middle(path, 32_000, 1, what="STYLE", seconds=1.0)[0],
+    ):
+        tracemalloc.start()
+        assert read().shape[1] == 32_000
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4 * 2**20, peak
+
+
+def test_many_channels_are_mixed_while_they_are_read(tmp_path: Path) -> None:
+    import tracemalloc
+
+    path = str(tmp_path / "wide.wav")
+    soundfile.write(path, np.full((20 * 32_000, 8), 0.1), 32_000)
+    tracemalloc.start()
+    assert listen.read(path, 32_000, 1, what="MELODY").shape == (1, 640_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * 640_000 * 4
+
+
+def test_what_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listen, "_MAX_PIPE", 2**20)
+    with pytest.raises(UserError, match=r"AUDIO='/dev/zero' is no file and does not end"):
+        listen.read("/dev/zero", 32_000, 1, what="AUDIO")
+
+
 def test_stems_need_demucs_and_say_so() -> None:
     try:
         import demucs  # noqa: F401
