@@ -20,9 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from musicgen import files
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
-from training import state
+from training import folder as folder_of
+from training import state, strategy
 from training.data import Batch
 from training.launch import AskedToLeave
 from training.module import MusicLMModule
@@ -31,6 +33,8 @@ from training.watch import Stopwatch, communication_seconds
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
+
+    from training.products import Release
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ class Validation(EachStep):
         batches: this rank's validation batches; empty when the data set has none.
         every: steps between two validations.
         unigram: loss of a unigram model on the same crops, mean over codebooks, in nats.
-        release: writes the release folder from the averaged model, the module and a validation loss.
+        release: the release folder, written from the averaged model.
         before: validate before the first step too: a fine-tuning is read against what it starts from.
     """
 
@@ -152,7 +156,7 @@ class Validation(EachStep):
         every: int,
         last_step: int,
         unigram: float,
-        release: Callable[[MusicLM, MusicLMModule, float | None], None],
+        release: Release,
         stopwatch: Stopwatch,
         *,
         before: bool = False,
@@ -190,6 +194,8 @@ class Validation(EachStep):
             if best is None or metrics["valid/loss"] < best:
                 module.progress.best_loss, module.progress.best_step = metrics["valid/loss"], step
                 self._release(module, metrics["valid/loss"])
+            else:
+                self.release.again(module.lm, module.encoder)
         elif step == self.last_step:  # without validation tracks the last average is the release
             self._release(module, None)
         self.stopwatch.pause(began)
@@ -197,11 +203,17 @@ class Validation(EachStep):
     def _release(self, module: MusicLMModule, valid_loss: float | None) -> None:
         with module.averaged() as model:
             if model is not None:
-                self.release(model, module, valid_loss)
+                self.release.write(model, module.encoder, module.progress, valid_loss)
+
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self.release.again(module.lm, module.encoder)
 
 
 class Clips(EachStep):
     """Generated clips of the averaged weights, with their prompts, in samples/ and in the record.
+
+    Where the disk does not take them the training goes on to the next ones; those of the last step are tried again
+    at the end, when old states have gone.
 
     Args:
         record: where clips go; None on ranks other than 0.
@@ -210,6 +222,9 @@ class Clips(EachStep):
         make: (averaged model, module, path, prompt, seed, seconds) writes one clip and returns what made it.
         ceilings: (folder) writes recordings through the codec, the best that a clip can sound, and returns files and
             captions.
+
+    Attributes:
+        missing: what the disk said of the last step's clips, empty where they are there.
     """
 
     def __init__(
@@ -225,15 +240,40 @@ class Clips(EachStep):
         super().__init__(last_step)
         self.record, self.config, self.prompts = record, config, list(prompts)
         self.make, self.ceilings, self.stopwatch = make, ceilings, stopwatch
+        self.missing = ""
 
     def after_step(self, trainer: pl.Trainer, module: MusicLMModule, step: int) -> None:
         if not self.config.clips or not self.due(step, self.config.clips_every):
             return
         began = time.perf_counter()
+        self._try(module, step)
+        if self.missing:
+            print(
+                f"warning   the clips of step {step} could not be written to {self._folder}: {self.missing}; "
+                "training goes on",
+                flush=True,
+            )
+        self.stopwatch.pause(began)
+
+    @property
+    def _folder(self) -> Path | None:
+        return self.record.folder / "samples" if self.record is not None else None
+
+    def _try(self, module: MusicLMModule, step: int) -> None:
         with module.averaged() as model:
             if model is not None and self.record is not None:
-                self._make_all(self.record, model, module, step)
-        self.stopwatch.pause(began)
+                try:
+                    self._make_all(self.record, model, module, step)
+                except (OSError, UserError) as error:
+                    self.missing = folder_of.refused_by_disk(error)
+                else:
+                    self.missing = ""
+
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if module.progress.step != self.last_step:
+            self.missing = ""
+        elif self.missing and not strategy.is_sharded(module.lm):  # else the ranks would have to try together
+            self._try(module, self.last_step)
 
     def _make_all(self, record: Record, model: MusicLM, module: MusicLMModule, step: int) -> None:
         folder = record.folder / "samples"
@@ -245,7 +285,8 @@ class Clips(EachStep):
             path = folder / f"step-{step:07d}-{number}.wav"
             details = self.make(model, module, path, prompt, number, self.config.clip_seconds)
             details = {"step": step, "prompt": prompt, "file": path.name, **details}
-            path.with_suffix(".json").write_text(json.dumps(details, indent=2, ensure_ascii=False) + "\n")
+            about = json.dumps(details, indent=2, ensure_ascii=False) + "\n"
+            files.write_bytes(path.with_suffix(".json"), about.encode())
             clips.append((path, prompt or "(no prompt)"))
         record.clips(step, clips)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,26 @@ def find_run(run: str, wanted: dict[str, Any], defaults: dict[str, Any]) -> tupl
             f"RUN={run!r} exists and is not a run of this program (no config.yaml); give a new or empty folder"
         )
     return None, 0
+
+
+def refused_by_disk(error: Exception) -> str:
+    """What the disk said when it took no file: full, over its quota, read-only, broken. Raises any other error."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if not isinstance(cause, OSError):
+        raise error
+    return cause.strerror or str(cause)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed process was writing into a run's folder; a release that it had moved aside comes back."""
+    for aside in folder.glob(".release.*.old"):
+        if not (folder / "release").exists():
+            os.rename(aside, folder / "release")
+        shutil.rmtree(aside, ignore_errors=True)
+    for left in folder.glob(".release.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    for left in (*folder.glob(".metrics.jsonl.tmp"), *(folder / "samples").glob(".*.tmp")):
+        left.unlink(missing_ok=True)
 
 
 _held: dict[Path, Any] = {}

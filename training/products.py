@@ -1,15 +1,26 @@
-"""What a run gives away: releases, and clips to hear on the way. Both are made from the averaged weights."""
+"""What a run gives away: releases, and clips to hear on the way. Both are made from the averaged weights.
+
+A disk that does not take a release does not end the training: see `Release`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from musicgen import about, files
+from musicgen.errors import UserError
+from training import folder as folder_of
+from training import state
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from musicgen.codec import Codec
+    from musicgen.conditioning import TextEncoder
     from musicgen.lm import MusicLM
     from training.callbacks import LogConfig
     from training.data import Batch
@@ -19,7 +30,12 @@ if TYPE_CHECKING:
 
 
 def release_info(
-    module: MusicLMModule, config: TrainConfig, shards: Sources, valid_loss: float | None
+    lm: MusicLM,
+    encoder: TextEncoder,
+    progress: state.Progress,
+    config: TrainConfig,
+    shards: Sources,
+    valid_loss: float | None = None,
 ) -> dict[str, Any]:
     """What a release says about itself (see musicgen.weights)."""
     from musicgen import adapters, settings
@@ -28,16 +44,16 @@ def release_info(
     codec = shards.info["codec"]
     parts = {
         "codec": {"name": config.codec or codec["name"], "identity": codec["identity"]},
-        "text_encoder": {"name": module.encoder.name, "identity": module.encoder.identity},
+        "text_encoder": {"name": encoder.name, "identity": encoder.identity},
     }
-    if adapters.is_adapted(module.lm):  # an adapter speaks through its base, and takes what belongs to it from there
+    if adapters.is_adapted(lm):  # an adapter speaks through its base, and takes what belongs to it from there
         base = read_info(config.init)
         parts = {part: base[part] for part in parts}
     return {
         **parts,
         "training": {
-            "step": module.progress.step,
-            "audio_seconds_seen": round(module.progress.audio_seconds_seen, 2),
+            "step": progress.step,
+            "audio_seconds_seen": round(progress.audio_seconds_seen, 2),
             "data_version": shards.info["dataset_version"],
             "valid_loss": valid_loss,
             "crop_seconds": config.batch.crop_seconds,
@@ -50,31 +66,166 @@ def release_info(
     }
 
 
-def write_release(
-    model: MusicLM,
-    module: MusicLMModule,
-    valid_loss: float | None,
-    *,
-    folder: Path,
-    config: TrainConfig,
-    shards: Sources,
-    base: dict[str, Any],
-) -> None:
-    """The release folder from a model that holds the averaged weights; of an adapter the adapter alone.
+@dataclass(frozen=True)
+class _Waiting:
+    """A release that the disk did not take: its averaged weights on the CPU, by name, and what is known of them."""
+
+    weights: dict[str, Tensor]
+    progress: state.Progress
+    valid_loss: float | None
+    error: str
+
+
+class Release:
+    """The run's release folder, written from the averaged weights; of an adapter the adapter alone.
+
+    Where the disk does not take it, the release before stays whole, this one waits in memory, and the training goes on
+    and tries again. A run that ended meanwhile writes it from a state.
 
     Args:
+        folder: the release folder.
         base: of `adapters.base_of`, for an adapter.
+
+    Attributes:
+        waiting: what the disk has not taken yet, on rank 0.
     """
+
+    def __init__(self, folder: Path, config: TrainConfig, shards: Sources, base: dict[str, Any]) -> None:
+        self.folder, self.config, self.shards, self.base = folder, config, shards, base
+        self.waiting: _Waiting | None = None
+
+    def write(
+        self, model: MusicLM, encoder: TextEncoder, progress: state.Progress, valid_loss: float | None = None
+    ) -> None:
+        """Write a model that holds the averaged weights of `progress.step`, or let it wait for room on the disk."""
+        try:
+            self._save(model, encoder, progress, valid_loss)
+        except (OSError, UserError) as error:
+            said = folder_of.refused_by_disk(error)
+            self.waiting = _Waiting(self._copied(model), replace(progress), valid_loss, said)
+            print(
+                f"warning   the release of step {progress.step} could not be written to {self.folder}: {said}. What "
+                "was there stays whole; training goes on and tries again",
+                flush=True,
+            )
+        else:
+            self.waiting = None
+
+    def again(self, lm: MusicLM, encoder: TextEncoder) -> None:
+        """Try to write what waits. Needs no other rank.
+
+        Args:
+            lm: the model in training, which has its own weights again afterwards.
+        """
+        held = self.waiting
+        if held is None:
+            return
+        try:
+            with _model_of(lm, held.weights) as model:
+                self._save(model, encoder, held.progress, held.valid_loss)
+        except (OSError, UserError) as error:
+            self.waiting = replace(held, error=folder_of.refused_by_disk(error))
+        else:
+            self.waiting = None
+            print(f"release   that of step {held.progress.step} is written now", flush=True)
+
+    def from_state(self, states: Path, step: int, lm: MusicLM, encoder: TextEncoder) -> None:
+        """Write the release from the average that a state of the run holds.
+
+        Args:
+            states: the run's `state/`.
+            lm: the run's model, whole, with its adapter where it has one.
+        """
+        progress = state.read_progress(states, step)
+        valid_loss = progress.best_loss if step == progress.best_step else None
+        average = state.tensors(states / f"step-{step}", "ema/")
+        with _model_of(lm, average) as model:
+            self.write(model, encoder, progress, valid_loss)
+
+    def is_behind(self, before: state.Progress) -> bool:
+        """Whether the folder does not hold the best validation that the state knows of."""
+        there = self._training()
+        if not there or before.best_loss is None:
+            return not there
+        loss = there.get("valid_loss")
+        return there.get("step") != before.step and (loss is None or loss > before.best_loss)
+
+    def valid_loss(self) -> float | None:
+        """The validation loss of the release that is there; None where there is none."""
+        return self._training().get("valid_loss")
+
+    def _training(self) -> dict[str, Any]:
+        from musicgen.weights import read_info
+
+        try:
+            return dict(read_info(self.folder)["training"])
+        except (UserError, KeyError, OSError):
+            return {}
+
+    def sorry(self, states: Path) -> UserError:
+        """What to tell the user of a release that the disk did not take to the end."""
+        assert self.waiting is not None
+        kept = state.steps_in(states)
+        todo = (
+            f"The state of step {kept[-1]} is saved: free some room and run the same command again, which writes the "
+            "release"
+            if kept
+            else "No state was kept (log.state_every is 0): free some room and train again"
+        )
+        return UserError(
+            f"the release of step {self.waiting.progress.step} could not be written to {self.folder}: "
+            f"{self.waiting.error}. {todo}"
+        )
+
+    def _save(self, model: MusicLM, encoder: TextEncoder, progress: state.Progress, valid_loss: float | None) -> None:
+        import torch
+
+        from musicgen import adapters
+        from musicgen.weights import save_release
+
+        info = release_info(model, encoder, progress, self.config, self.shards, valid_loss)
+        if adapters.is_adapted(model):
+            adapters.save(self.folder, model, info, self.base)
+            return
+        save_release(self.folder, model, info, getattr(torch, self.config.release_dtype))
+
+    def _copied(self, model: MusicLM) -> dict[str, Tensor]:
+        import torch
+
+        from musicgen import adapters
+        from training.optim import trained
+
+        dtype = torch.float32 if adapters.is_adapted(model) else getattr(torch, self.config.release_dtype)
+        return {name: p.detach().to("cpu", dtype, copy=True) for name, p in trained(model).items()}
+
+
+@contextmanager
+def _model_of(lm: MusicLM, weights: dict[str, Tensor]) -> Iterator[MusicLM]:
+    """A model with these weights: a new one, or `lm` itself for as long where they are those of its adapter."""
     import torch
 
     from musicgen import adapters
-    from musicgen.weights import save_release
+    from musicgen.lm import MusicLM
+    from training.optim import trained
 
-    info = release_info(module, config, shards, valid_loss)
-    if adapters.is_adapted(model):
-        adapters.save(folder, model, info, base)
+    if not adapters.is_adapted(lm):
+        with torch.device("meta"):
+            made = MusicLM(lm.config)
+        made.load_state_dict(weights, assign=True)
+        yield made.eval()
         return
-    save_release(folder, model, info, getattr(torch, config.release_dtype))
+    own = {name: p.detach().clone() for name, p in trained(lm).items()}
+
+    def put(values: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, p in trained(lm).items():
+                p.copy_(values[name])
+
+    put(weights)
+    try:
+        yield lm
+    finally:
+        put(own)
 
 
 def make_clip(
@@ -94,9 +245,10 @@ def make_clip(
 
     if codec is None:
         raise ValueError("clips need the codec")
+    about_it = info(lm, module.encoder, module.progress)
     lm = adapters.merged(lm) if adapters.is_adapted(lm) else lm
     module.encoder.to(next(lm.parameters()).device)  # a model put together from shards may stand elsewhere
-    model = generate.MusicGen(lm, codec, module.encoder, info(module))
+    model = generate.MusicGen(lm, codec, module.encoder, about_it)
     sampling = SamplingConfig(top_k=min(SamplingConfig().top_k, lm.config.codebook_size))
     audio, _ = generate.generate(model, [prompt], seconds, [seed], sampling)
     mark = generate.marking(model, prompt, seed, seconds, sampling)

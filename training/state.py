@@ -312,17 +312,22 @@ def _restore(optimizer: torch.optim.Optimizer, model: nn.Module, moments: dict[s
         group.update(numbers)
 
 
-def tensors(place: Path) -> dict[str, Tensor]:
-    """All tensors of a state folder, whole, by name (`model/…`, `ema/…`, `optimizer/…`); for looking into it."""
+def tensors(place: Path, kind: str = "") -> dict[str, Tensor]:
+    """All tensors of a state folder, whole, by name (`model/…`, `ema/…`, `optimizer/…`).
+
+    Args:
+        kind: read those alone whose name begins with this, and leave it out of their names.
+    """
     import torch.distributed.checkpoint as dcp
 
     reader = dcp.HuggingFaceStorageReader(str(place))
     found: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    whole = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in found.items()}
+    chosen = {name: m for name, m in found.items() if name.startswith(kind)}
+    whole = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in chosen.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(dict(whole), storage_reader=dcp.HuggingFaceStorageReader(str(place)), no_dist=True)
-    return whole
+    return {name.removeprefix(kind): tensor for name, tensor in whole.items()}
 
 
 def _first(error: Any) -> str:

@@ -24,9 +24,9 @@ from musicgen import settings
 from musicgen.adapters import AdapterConfig, num_parameters
 from musicgen.config import SIZES, LMConfig, size
 from musicgen.errors import UserError
-from training import budget, devices, finetune, forecast, launch, products, words
+from training import budget, devices, finetune, forecast, launch, products, state, words
 from training import folder as folder_of
-from training.callbacks import LogConfig
+from training.callbacks import Clips, LogConfig
 from training.data import BatchConfig
 from training.launch import EXIT_REQUEUE, Launched, RayConfig
 from training.optim import MOMENTS, OptimConfig
@@ -308,14 +308,23 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
     weights = initial_state(config.init, config.lm, shards.info["codec"], identity["text_encoder"]) if takes else None
     if run_id is None and is_zero:
         run_id = folder_of.make_run(config.run, identity)
+    release = products.Release(folder / "release", config, shards, base)
+    behind = before is not None and start > 0 and release.is_behind(before)
     unigram = data.unigram_loss(shards, config.batch).tolist()
     if is_zero:
         print("\n".join(words.data_lines(config, encoder, shards, start, unigram)), flush=True)
     if start >= stop:
-        print(f"{folder} has already made {start} of {stop} steps; nothing to do", flush=True)
-        return folder
+        todo = behind and (start == config.steps or (before is not None and before.best_loss is not None))
+        print(
+            f"{folder} has already made {start} of {stop} steps; "
+            + ("only its release is not there yet" if todo else "nothing to do"),
+            flush=True,
+        )
+        if not (todo and is_zero):
+            return folder
     if is_zero:
         folder_of.hold(folder)
+        folder_of.clear_leftovers(folder)
 
     torch.manual_seed(config.seed)
     lm = strategy.build_model(functools.partial(MusicLM, config.lm), plan, rank)
@@ -326,6 +335,19 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
         start_from_codebooks(lm, load_codec(shards, config.codec))
     if base:
         adapters.attach(lm, config.lora)
+    if start >= stop:
+        from_step = _release_step(before, folder / "state") or start
+        release.from_state(folder / "state", from_step, lm, encoder)
+        if release.waiting is not None:
+            raise release.sorry(folder / "state")
+        print(f"release   written to {release.folder} from the state of step {from_step}", flush=True)
+        return folder
+    if behind and before is not None and before.best_loss is not None:
+        best = _release_step(before, folder / "state")
+        if best and is_zero:
+            release.from_state(folder / "state", best, lm, encoder)
+        elif not best:  # those weights are gone: the next validation is released instead, unless it is worse than this
+            before.best_loss, before.best_step = release.valid_loss(), None
     rule = data.crop_rule(config.batch, shards.info["codec"]["frame_rate"])
     module = MusicLMModule(
         lm,
@@ -375,12 +397,12 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
         config.log.valid_every,
         config.steps,
         sum(unigram) / len(unigram),
-        functools.partial(products.write_release, folder=folder / "release", config=config, shards=shards, base=base),
+        release,
         clock,
         before=bool(config.init),
     )
     prompts = products.clip_prompts(shards, config.log, [t for b in batches for t in b.texts]) if is_zero else []
-    describe = functools.partial(products.release_info, config=config, shards=shards, valid_loss=None)
+    describe = functools.partial(products.release_info, config=config, shards=shards)
     clips = callbacks.Clips(
         journal,
         config.log,
@@ -416,9 +438,13 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
             journal.finish(exit_code=1)
         raise
     if journal is not None:
-        how = "left" if states.left_at is not None else "done" if stop == config.steps else "paused"
-        lineage.ended(folder, step=module.progress.step, how=how)
-        journal.finish()
+        left = states.left_at is not None
+        unwritten = None if left else _unwritten(release, clips, folder, stop)
+        how = "left" if left else "failed" if unwritten else "done" if stop == config.steps else "paused"
+        lineage.ended(folder, step=module.progress.step, how=how, error=str(unwritten or "")[:500])
+        journal.finish(exit_code=1 if unwritten else 0)
+        if unwritten is not None:
+            raise unwritten
         if states.left_at is not None:
             print(
                 f"left      after step {states.left_at} of {config.steps}, asked by "
@@ -428,6 +454,24 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
             raise SystemExit(EXIT_REQUEUE)
         words.summary(folder, module, validation.latest, stop, config.steps, plan)
     return folder
+
+
+def _unwritten(release: products.Release, clips: Clips, folder: Path, step: int) -> UserError | None:
+    """What to tell of a release or of clips that the disk did not take to the end."""
+    if release.waiting is not None:
+        return release.sorry(folder / "state")
+    if clips.missing:
+        return UserError(
+            f"the clips of step {step} could not be written to {folder / 'samples'}: {clips.missing}. State and "
+            f"release are saved: free some room and make clips from the release, `make generate MODEL={release.folder}`"
+        )
+    return None
+
+
+def _release_step(before: Progress | None, states: Path) -> int | None:
+    """The step of the best validation, where its state is kept."""
+    step = before.best_step if before is not None else None
+    return step if step in state.steps_in(states) else None
 
 
 def _in_background(config: TrainConfig, plan: budget.Plan) -> bool:

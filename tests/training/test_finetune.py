@@ -17,7 +17,7 @@ from musicgen.conditioning import TextEncoder
 from musicgen.errors import UserError
 from tests.training import tiny_run
 from tests.training.synthetic import STYLES, write_dataset
-from tests.training.test_train import SMALL, same, tensors
+from tests.training.test_train import SMALL, fill_disk, same, tensors
 from tests.training.test_train import metrics as rows
 from training import budget, devices, finetune, finetune_check, forecast, rerecord, selection, sources, train
 from training.selection import Selection
@@ -85,6 +85,18 @@ def test_stopped_and_resumed_equals_all_at_once(place: Path) -> None:
     go(place, "parts", *init, *LORA)
     same(tensors(place / "whole", 12), tensors(run, 12))
     assert rows(run) == rows(place / "whole")
+
+
+def test_an_adapter_waits_for_room(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_disk(monkeypatch, weights, "write_folder", [True, True, True])
+    run = go(place, "full", "--init", str(place / "base" / "release"), *LORA)
+    same(tensors(place / "whole", 12), tensors(run, 12))  # the model in training kept its own weights
+    file = Path("release", adapters.WEIGHTS)
+    assert (run / file).read_bytes() == (place / "whole" / file).read_bytes()
+    (run / file).unlink()
+    (run / "release" / "config.json").unlink()
+    go(place, "full", "--init", str(place / "base" / "release"), *LORA)
+    assert (run / file).read_bytes() == (place / "whole" / file).read_bytes()
 
 
 @pytest.mark.slow
