@@ -6,6 +6,7 @@ that do not change what is learned (`_FREE`) may differ between two starts.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -152,23 +153,30 @@ def hold(folder: Path) -> None:
             f"RUN={str(folder)!r} is being trained by {file.read().strip() or 'another process'}; wait for it, end it, "
             "or give another RUN"
         ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
     _held[path] = file
+    with contextlib.suppress(OSError):  # a full disk: the lock is held, and only its owner's name is missing
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
 
 
 def make_run(run: str, wanted: dict[str, Any]) -> str:
     """Make the run's folder with its config.yaml; returns the new W&B id."""
     folder, run_id = Path(run), record.new_run_id()
     document = {**wanted, "wandb_run_id": run_id, "made_by": about.software()}
+    temporary = folder.with_name(f".{folder.name}.config.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder.with_name(f".{folder.name}.config.tmp")
         temporary.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
         os.replace(temporary, folder / "config.yaml")
     except OSError as error:
-        raise UserError(f"RUN={run!r} cannot be written: {error.strerror or error}") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+            folder.rmdir()
+        raise UserError(
+            f"RUN={run!r} cannot be written: {error.strerror or error}. Free some room or make it writable and run the "
+            "same command again, or give another RUN"
+        ) from error
     return run_id
 
 

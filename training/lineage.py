@@ -9,12 +9,17 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import logging
 import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from training import record
+
+log = logging.getLogger(__name__)
 
 FILE = "starts.jsonl"
 HERE = Path(__file__).resolve().parent
@@ -49,19 +54,27 @@ def _now() -> str:
 
 
 def began(folder: Path, *, step: int, steps: int, ranks: int, plan: Sequence[str], git: Mapping[str, Any]) -> None:
-    """Add the line of a start at `step` of `steps`."""
+    """Add the line of a start at `step` of `steps`. Raises `UserError` where it cannot be written."""
     line = {"event": "start", "at": _now(), "step": step, "steps": steps, "ranks": ranks, "git": dict(git)}
-    _add(folder, line | {"host": platform.node(), "pid": os.getpid(), "plan": list(plan)})
+    try:
+        _add(folder, line | {"host": platform.node(), "pid": os.getpid(), "plan": list(plan)})
+    except OSError as error:
+        raise record.cannot_write(folder / FILE, error) from error
 
 
 def ended(folder: Path, *, step: int, how: str, error: str = "") -> None:
-    """Add the line of an end: `how` is done, paused (at stop_at), left (asked by a signal) or failed."""
-    _add(folder, {"event": "end", "at": _now(), "step": step, "how": how, **({"error": error} if error else {})})
+    """Add the line of an end: `how` is done, paused (at stop_at), left (asked by a signal) or failed.
+
+    A disk that does not take it is told of and hides nothing of what ended the run.
+    """
+    try:
+        _add(folder, {"event": "end", "at": _now(), "step": step, "how": how, **({"error": error} if error else {})})
+    except OSError as problem:
+        log.warning("%s cannot be written (%s); the end of the run is not in it", folder / FILE, problem.strerror)
 
 
 def _add(folder: Path, line: Mapping[str, Any]) -> None:
-    with (folder / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    record.append_whole(folder / FILE, (json.dumps(line, ensure_ascii=False) + "\n").encode())
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -21,6 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from musicgen.errors import UserError
+
 log = logging.getLogger(__name__)
 
 STEP = "trainer/global_step"  # Lightning's name for the step in W&B
@@ -33,21 +35,29 @@ class MetricsFile:
     Args:
         path: the file; made when missing.
         step: completed steps of the run; lines of later steps are cut off.
+
+    Raises:
+        UserError: the file cannot be written.
     """
 
     def __init__(self, path: Path, step: int = 0) -> None:
         self.path = path
         kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        try:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise cannot_write(path, error) from error
         self._waiting = b""  # lines that a full disk did not take
 
     def append(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Add a line. Where the disk is full it waits here for the next one, and the training goes on."""
         lines = self._waiting + (json.dumps({"step": step, **metrics}) + "\n").encode()
         try:
-            _append(self.path, lines)
+            append_whole(self.path, lines)
         except OSError as error:
             if not self._waiting:
                 log.warning("%s cannot be written (%s); its lines are kept until it can", self.path, error.strerror)
@@ -56,7 +66,15 @@ class MetricsFile:
             self._waiting = b""
 
 
-def _append(path: Path, data: bytes) -> None:
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """What to tell of a file of a run that cannot be written."""
+    return UserError(
+        f"RUN: {path} cannot be written: {error.strerror or error}. Free some room or make the folder writable and run "
+        "the same command again"
+    )
+
+
+def append_whole(path: Path, data: bytes) -> None:
     """Add bytes to a file, all or none."""
     with path.open("ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)

@@ -370,9 +370,9 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
     if is_zero:
         start_of = {"git": lineage.git_state(), "plan": plan_lines(config, plan)}
     logger = record.wandb_logger(folder, run_id, identity, start_of) if run_id and is_zero else None
+    journal = record.Record(folder, start, logger) if is_zero else None
     if is_zero:
         lineage.began(folder, step=start, steps=config.steps, ranks=hardware.world, **start_of)
-    journal = record.Record(folder, start, logger) if is_zero else None
     condition = config.lm.condition
     batches = data.validation_batches(shards, config.batch, rank=rank, world=hardware.world, condition=condition)
     if not batches and is_zero:

@@ -31,7 +31,7 @@ from tests.training import tiny_run, wandb_file
 from tests.training.synthetic import small_codec, write_dataset
 from tests.training.tiny_run import curves as metrics
 from tests.training.tiny_run import last_step
-from training import launch, lineage, record, state, train
+from training import folder, launch, lineage, module, record, state, train
 from training.data import unigram_loss
 from training.module import NonFiniteLoss
 
@@ -378,19 +378,50 @@ def test_a_state_that_lost_a_file_or_a_part_of_one_is_refused(data: Path, tmp_pa
 
 
 def test_a_full_disk_keeps_the_record_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics_file, real = record.MetricsFile(tmp_path / "metrics.jsonl"), record._append
+    metrics_file, real = record.MetricsFile(tmp_path / "metrics.jsonl"), record.append_whole
 
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
     metrics_file.append(1, {"x": 1.0})
-    monkeypatch.setattr(record, "_append", full)
+    monkeypatch.setattr(record, "append_whole", full)
     metrics_file.append(2, {"x": 2.0})
     metrics_file.append(3, {"x": 3.0})
     assert [row["step"] for row in record.read_metrics(tmp_path / "metrics.jsonl")] == [1]
-    monkeypatch.setattr(record, "_append", real)
+    monkeypatch.setattr(record, "append_whole", real)
     metrics_file.append(4, {"x": 4.0})
     assert [row["step"] for row in record.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_start_on_a_full_disk_says_so(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_disk(monkeypatch, folder, "make_run", [True])
+    with pytest.raises(UserError, match=r"run' cannot be written: File too large. Free some room"):
+        go(data, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+    run = go(data, tmp_path / "run", "--stop_at", "2", "--log.every", "1")
+    before = {path.name: path.read_bytes() for path in run.glob("*.jsonl")}
+    for owner, name, file in ((lineage, "began", "starts"), (record, "MetricsFile", "metrics")):
+        fill_disk(monkeypatch, owner, name, [True])
+        with pytest.raises(UserError, match=rf"RUN: .*{file}.jsonl cannot be written: .*Free some room"):
+            go(data, run)
+        assert (run / f"{file}.jsonl").read_bytes() == before[f"{file}.jsonl"] and not list(run.glob(".metrics*"))
+
+
+def test_a_full_disk_does_not_hide_what_ended_a_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = go(data, tmp_path / "run", "--stop_at", "2")
+    fill_disk(monkeypatch, lineage, "ended", [True])
+
+    def fail(*_: Any) -> None:
+        with (run / "starts.jsonl").open("a") as file:
+            file.write(" " * 1000 + "\n")
+        raise NonFiniteLoss("the true error")
+
+    monkeypatch.setattr(module.MusicLMModule, "training_step", fail)
+    with pytest.raises(NonFiniteLoss, match="the true error"):
+        go(data, run)
+    assert "the end of the run is not in it" in caplog.text
 
 
 def test_two_trainings_of_one_run_are_refused(data: Path, tmp_path: Path) -> None:
