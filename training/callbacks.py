@@ -8,7 +8,9 @@ done.
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from musicgen.lm import MusicLM
 from training import folder as folder_of
 from training import state, strategy
 from training.data import Batch
-from training.launch import AskedToLeave
+from training.launch import SIGNALS, AskedToLeave
 from training.module import MusicLMModule
 from training.record import Record
 from training.watch import Stopwatch, communication_seconds
@@ -294,8 +296,9 @@ class Clips(EachStep):
 class States(EachStep, AskedToLeave):
     """A whole state every `every` steps and at the end, and at once when the machine asks the run to leave.
 
-    SIGTERM (a machine taken away) and SIGUSR1 (Slurm, some minutes before its limit) only set a flag; the ranks tell
-    each other beside the next step, save at the same one and stop. A state that cannot be written on the way is said
+    SIGTERM (a machine taken away), SIGUSR1 (Slurm, some minutes before its limit) and a first Ctrl-C only set a flag;
+    the ranks tell each other beside the next step, save at the same one and stop. A second Ctrl-C ends the training at
+    once, and the last state is what is left. A state that cannot be written on the way is said
     and tried again at the next; the last one must succeed.
 
     Args:
@@ -303,6 +306,8 @@ class States(EachStep, AskedToLeave):
         background: write beside the training.
         elsewhere: number of a signal that reached another process and is meant for this one, 0 for none.
     """
+
+    signals = (*SIGNALS, signal.SIGINT)
 
     def __init__(
         self,
@@ -343,6 +348,11 @@ class States(EachStep, AskedToLeave):
         if leave and step != self.last_step:
             self.left_at = step
             trainer.should_stop = True
+
+    def _ask(self, number: int, frame: Any) -> None:
+        super()._ask(number, frame)
+        if number == signal.SIGINT and self.saver.rank == 0:  # print may be what the signal came into
+            os.write(2, b"\ninterrupted: saving after this step, then leaving; Ctrl-C once more leaves at once\n")
 
     def _save(self, trainer: pl.Trainer, module: MusicLMModule, *, must: bool) -> None:
         try:

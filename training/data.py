@@ -308,8 +308,8 @@ def _kill(workers: list[Any]) -> None:
 
 
 def _leave_signals(worker: int) -> None:
-    """Slurm signals every process of a job; only the training itself acts on it, and still needs its workers then."""
-    for number in SIGNALS:
+    """Slurm and a terminal signal every process; only the training acts on it, and still needs its workers then."""
+    for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,14 +19,53 @@ from training.strategy import HardwareConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a machine that is taken away; Slurm, some minutes before its limit
 EXIT_REQUEUE = 75  # asked to leave: the state is saved, run the same command again (EX_TEMPFAIL of sysexits.h)
+EXIT_INTERRUPTED = 130  # Ctrl-C, in the words of shells: 128 and the number of SIGINT
+
+
+@contextmanager
+def outside_steps() -> Iterator[None]:
+    """Inside, a signal of `SIGNALS` ends the process at once with `EXIT_REQUEUE` unless the training listens itself.
+
+    While data and model are loaded there is nothing to save. Afterwards all signals do again what they did before,
+    Ctrl-C too, which Lightning leaves unheard once it was pressed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _: Any) -> None:
+        if not any(os.environ.get(name, "0") != "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")):
+            said = f"left      asked by {signal.Signals(number).name} outside the steps: nothing is lost, run the same"
+            os.write(1, f"{said} command again to go on\n".encode())  # print may be what the signal came into
+        raise SystemExit(EXIT_REQUEUE)
+
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)}
+    for number in SIGNALS:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # one that Python did not install
+                signal.signal(number, handler)
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Whether it was Ctrl-C that ended a training; Lightning makes an exit with code 1 of it."""
+    return isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+    )
 
 
 class AskedToLeave:
-    """Part of a callback that listens to `SIGNALS` while it trains: after Lightning, whose own answer saves nothing.
+    """Part of a callback that listens to signals while it trains: after Lightning, whose own answer saves nothing.
 
     Attributes:
+        signals: those it listens to. A second Ctrl-C does what it did before.
         asked: number of the signal that came, 0 for none.
     """
+
+    signals: tuple[signal.Signals, ...] = SIGNALS
 
     def __init__(self) -> None:
         self.asked = 0
@@ -34,10 +74,13 @@ class AskedToLeave:
     def listen_to_signals(self) -> None:
         """From now on write down what comes; Python hears signals in its main thread alone."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+            heard = [n for n in self.signals if n != signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._ask) for number in heard}
 
     def _ask(self, number: int, _: Any) -> None:
         self.asked = number
+        if number == signal.SIGINT:
+            signal.signal(number, self._before.pop(number))
 
     def restore_signals(self) -> None:
         """Signals do again what they did before."""

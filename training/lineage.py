@@ -63,7 +63,8 @@ def began(folder: Path, *, step: int, steps: int, ranks: int, plan: Sequence[str
 
 
 def ended(folder: Path, *, step: int, how: str, error: str = "") -> None:
-    """Add the line of an end: `how` is done, paused (at stop_at), left (asked by a signal) or failed.
+    """Add the line of an end: `how` is done, paused (at stop_at), left (asked by a signal), interrupted (Ctrl-C)
+    or failed.
 
     A disk that does not take it is told of and hides nothing of what ended the run.
     """
@@ -120,7 +121,10 @@ def _object(text: str, key: str) -> dict[str, Any] | None:
 
 
 def state_of(events: Sequence[Mapping[str, Any]]) -> str:
-    """done, paused, left, failed, running, killed, or unknown for a run without events (or on another machine)."""
+    """How a run stands: as its last end says (see `ended`), else running or killed.
+
+    It is unknown for a run without events, or on another machine.
+    """
     if not events:
         return "unknown"
     last = events[-1]

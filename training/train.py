@@ -260,7 +260,9 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
 
     Raises:
         UserError: bad data, a run of other settings, a codec that does not fit, a loss that is not finite.
-        SystemExit: with `EXIT_REQUEUE`, when a signal asked the run to leave and its state is saved.
+        SystemExit: with `EXIT_REQUEUE`, when a signal asked the run to leave and its state is saved; with
+            `EXIT_INTERRUPTED` where that was Ctrl-C.
+        KeyboardInterrupt: a second Ctrl-C; nothing newer than the last state is kept.
     """
     import torch
 
@@ -431,16 +433,23 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
     try:
         trainer.fit(module, train_dataloaders=loader)
     except BaseException as error:
+        interrupted = launch.was_interrupted(error)
+        left = isinstance(error, SystemExit) and error.code == EXIT_REQUEUE
         if journal is not None:
-            lineage.ended(
-                folder, step=module.progress.step, how="failed", error=f"{type(error).__name__}: {error}"[:500]
-            )
+            how = "interrupted" if interrupted else "left" if left else "failed"
+            said = f"{type(error).__name__}: {error}"[:500] if how == "failed" else ""
+            lineage.ended(folder, step=module.progress.step, how=how, error=said)
             journal.finish(exit_code=1)
+        if interrupted:
+            raise KeyboardInterrupt from None
         raise
     if journal is not None:
         left = states.left_at is not None
         unwritten = None if left else _unwritten(release, clips, folder, stop)
-        how = "left" if left else "failed" if unwritten else "done" if stop == config.steps else "paused"
+        if left:
+            how = "interrupted" if states.asked == signal.SIGINT else "left"
+        else:
+            how = "failed" if unwritten else "done" if stop == config.steps else "paused"
         lineage.ended(folder, step=module.progress.step, how=how, error=str(unwritten or "")[:500])
         journal.finish(exit_code=1 if unwritten else 0)
         if unwritten is not None:
@@ -451,7 +460,7 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
                 f"{signal.Signals(states.asked).name}; the state is saved, run the same command again to go on",
                 flush=True,
             )
-            raise SystemExit(EXIT_REQUEUE)
+            raise SystemExit(launch.EXIT_INTERRUPTED if states.asked == signal.SIGINT else EXIT_REQUEUE)
         words.summary(folder, module, validation.latest, stop, config.steps, plan)
     return folder
 
@@ -491,7 +500,8 @@ def main(argv: Sequence[str]) -> int:
 
         on_ray.fit(config)
     else:
-        fit(config)
+        with launch.outside_steps():
+            fit(config)
     return 0
 
 

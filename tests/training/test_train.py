@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tests.training import tiny_run, wandb_file
 from tests.training.synthetic import small_codec, write_dataset
 from tests.training.tiny_run import curves as metrics
 from tests.training.tiny_run import last_step
-from training import folder, launch, lineage, module, record, state, train
+from training import folder, launch, lineage, module, record, state, strategy, train
 from training.data import unigram_loss
 from training.module import NonFiniteLoss
 
@@ -187,6 +187,67 @@ def test_a_disk_that_fills_does_not_stop_the_training(
     assert state.steps_in(run / "state") == [20]
     go(data, run)
     same(tensors(whole, 40), tensors(run, 40))
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
+    """Do something inside a step of the training."""
+    real = module.MusicLMModule.training_step
+
+    def training_step(self: Any, batch: Any, index: int) -> Any:
+        if self.progress.step + 1 == step:
+            act()
+        return real(self, batch, index)
+
+    monkeypatch.setattr(module.MusicLMModule, "training_step", training_step)
+
+
+def test_ctrl_c_saves_and_leaves(
+    whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as left:
+        go(data, run, "--batch.workers", "1")
+    said = capfd.readouterr()
+    assert left.value.code == 130 and "Ctrl-C once more leaves at once" in said.err
+    assert "left      after step 3 of 40, asked by SIGINT; the state is saved, run the same command again" in said.out
+    assert lineage.read(run)[-1]["how"] == "interrupted" and state.steps_in(run / "state") == [3]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    go(data, run)
+    same(tensors(whole, 40), tensors(run, 40))
+
+
+def test_a_second_ctrl_c_leaves_at_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = go(data, tmp_path / "run", "--stop_at", "2")
+    at_step(monkeypatch, 4, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)] and None)
+    with pytest.raises(KeyboardInterrupt):  # of which `settings.run` makes a line and the exit code 130
+        go(data, run)
+    end = lineage.read(run)[-1]
+    assert end["how"] == "interrupted" and end["step"] == 3 and "error" not in end
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert state.steps_in(run / "state") == [2]
+
+
+def test_a_signal_before_the_first_step_asks_to_be_run_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for owner, name in ((train, "_load_encoder"), (record, "Record"), (strategy, "prepare")):
+        with monkeypatch.context() as patch:
+            real = getattr(owner, name)
+
+            def ask(*given: Any, real: Any = real) -> Any:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return real(*given)
+
+            patch.setattr(owner, name, ask)
+            with pytest.raises(SystemExit) as left:
+                go(data, tmp_path / name)
+        assert left.value.code == launch.EXIT_REQUEUE
+        assert capfd.readouterr().out.count("left      asked by SIGTERM outside the steps: nothing is lost") == 1
+    assert lineage.read(tmp_path / "prepare")[-1]["how"] == "left"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, full: list[bool]) -> None:
