@@ -174,13 +174,21 @@ def here(env: Mapping[str, str] = os.environ) -> Launched:
     return Launched("", rank, number("LOCAL_RANK"), environment=alone)
 
 
-def fitted(hardware: HardwareConfig, launched: Launched) -> HardwareConfig:
+def fitted(hardware: HardwareConfig, launched: Launched, env: Mapping[str, str] = os.environ) -> HardwareConfig:
     """The settings with the processes that the launcher started.
 
     Raises:
-        UserError: the settings name other numbers, or the machines have different ones.
+        UserError: the settings name other numbers, the machines have different ones, or there are several and nobody
+            started processes on them.
     """
     if not launched.by:
+        # Lightning starts the processes of one machine; by these two variables it knows of others.
+        if hardware.nodes > 1 and not {"NODE_RANK", "GROUP_RANK"} & env.keys():
+            raise UserError(
+                f"--hardware.nodes is {hardware.nodes}, but this process was started alone and would wait for the "
+                "others: start the command on every machine by torchrun or srun (see infra/README.md) or by Ray "
+                "(--ray.address), or leave --hardware.nodes out"
+            )
         return hardware
     nodes, rest = divmod(launched.world, launched.local_world)
     if rest:

@@ -64,9 +64,11 @@ class OptimConfig:
         for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be in [0, 1)")
-        for name, least in (("warmup_steps", 0), ("lr_min_ratio", 0), ("weight_decay", 0), ("ema_every", 1)):
+        for name, least in (("warmup_steps", 0), ("weight_decay", 0), ("ema_every", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 <= self.lr_min_ratio <= 1:
+            raise ValueError(f"optim.lr_min_ratio is {self.lr_min_ratio}; it is a share of optim.lr and must be 0 to 1")
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:

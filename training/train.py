@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from musicgen.conditioning import TextEncoder
     from training.sources import Sources
 
+SEEDS = 2**63
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "train"
 
 
@@ -103,11 +104,11 @@ def read_config(argv: Sequence[str], *, folders: bool = True) -> TrainConfig:
         UserError: unknown SIZE, no DATA, no RUN.
         SettingsError: unknown setting or a value that is not allowed.
     """
-    name = _value_of("size", argv) or "demo"
+    name = _value_of("size", argv, "demo")
     if name not in SIZES:
         raise UserError(f"unknown SIZE {name!r}; allowed: {', '.join(SIZES)}")
     shape = [f"--{key}={_word(value)}" for key, value in folder_of.flat({"lm": settings.to_dict(size(name))}).items()]
-    adapter = (_value_of("lora.rank", argv) or "0") != "0"
+    adapter = _value_of("lora.rank", argv, "0") != "0"
     layers = finetune.layers(CONFIGS, name, init=bool(_value_of("init", argv)), adapter=adapter)
     config = settings.parse(TrainConfig, [*shape, *argv], layers=layers, prog="python -m training.train")
     if folders and not config.data:
@@ -118,6 +119,12 @@ def read_config(argv: Sequence[str], *, folders: bool = True) -> TrainConfig:
         raise UserError(f"RUN={config.run!r}: a run is a folder of this machine or of a shared file system, no store")
     if config.steps < 1 or config.stop_at < 0:
         raise UserError(f"steps is {config.steps} and stop_at {config.stop_at}; give steps >= 1 and stop_at >= 0")
+    if not 0 <= config.seed < SEEDS:
+        raise UserError(f"seed is {config.seed}; give a whole number from 0 to 2**63 - 1 ({SEEDS - 1})")
+    read = {"size": name, "init": bool(_value_of("init", argv)), "lora.rank": adapter}
+    for key, found in (("size", config.size), ("init", bool(config.init)), ("lora.rank", bool(config.lora.rank))):
+        if found != read[key]:  # of which the settings files of the run's size, of fine-tuning and of adapters follow
+            raise UserError(f"{key} was given in a form that is not read here; give --{key} on the command line")
     return config
 
 
@@ -126,15 +133,28 @@ def _word(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _value_of(name: str, argv: Sequence[str]) -> str | None:
-    """The last value of `--name VALUE` or `--name=VALUE`."""
-    found = None
+def _value_of(name: str, argv: Sequence[str], default: str = "") -> str:
+    """The last value of a setting: `--name VALUE`, `--name=VALUE`, or what a `--config FILE` has for it."""
+    found = default
     for i, token in enumerate(argv):
-        if token.startswith(f"--{name}="):
-            found = token.split("=", 1)[1]
-        elif token == f"--{name}" and i + 1 < len(argv):
-            found = argv[i + 1]
+        key, equals, value = token.partition("=")
+        if not equals:
+            value = argv[i + 1] if i + 1 < len(argv) else ""
+        if key == f"--{name}":
+            found = value
+        elif key == "--config":
+            found = _value_in(Path(value), name, found)
     return found
+
+
+def _value_in(file: Path, name: str, default: str) -> str:
+    """A setting in a YAML file; what is wrong with the file is for `settings.parse` to say."""
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return default
+    found = folder_of.flat(tree).get(name, default) if isinstance(tree, dict) else default
+    return "" if found is None else str(found)
 
 
 def load_codec(shards: Sources, name: str) -> Codec:

@@ -54,6 +54,10 @@ def test_a_task_of_slurm_is_one_and_a_shell_of_slurm_is_none(monkeypatch: pytest
     alone = launch.here()
     assert not alone.by and type(alone.environment).__name__ == "LightningEnvironment"
     assert launch.fitted(HardwareConfig(devices=2), alone) == HardwareConfig(devices=2)
+    two = HardwareConfig(nodes=2)
+    with pytest.raises(UserError, match=r"hardware.nodes is 2, but this process was started alone"):
+        launch.fitted(two, alone, {})
+    assert launch.fitted(two, alone, {"NODE_RANK": "1"}) == two
 
 
 def test_torchrun_asked_to_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

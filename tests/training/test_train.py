@@ -589,6 +589,10 @@ def test_bad_words_on_the_command_line(data: Path, tmp_path: Path) -> None:
         (["--data", "x"], "RUN is missing"),
         (["--data", str(tmp_path / "none"), "--run", run], "does not exist"),
         (["--data", str(data), "--run", run, "--steps", "0"], "steps is 0"),
+        (["--data", str(data), "--run", run, "--seed", "-1"], r"seed is -1; give a whole number from 0"),
+        (["--data", str(data), "--run", run, "--seed", str(2**63)], r"seed is 9223372036854775808; give"),
+        (["--data", str(data), "--run", run, "--hardware.nodes", "2"], r"hardware.nodes is 2, but this process was"),
+        (["--data", str(data), "--run", run, '--lora={"rank": 4}'], "give --lora.rank on the command line"),
         (["--data", str(data), "--run", run, "--hardware.accelerator", "gpu"], "this machine shows 0 GPUs"),
         (["--data", "a:0.7,b:-1", "--run", run], "the share of 'b' is -1; it must be a number above 0"),
         (["--data", str(data), "--run", run], "the model expects 4 of 2048"),
@@ -601,6 +605,8 @@ def test_bad_words_on_the_command_line(data: Path, tmp_path: Path) -> None:
             train.main(argv if "gpu" not in argv else [*argv, *SMALL, "--hardware.accelerator", "gpu"])
     with pytest.raises(SettingsError, match=r"unknown setting 'optim.lrr'.*did you mean 'optim.lr'"):
         train.main(["--data", str(data), "--run", run, "--optim.lrr", "1"])
+    with pytest.raises(SettingsError, match=r"optim.lr_min_ratio is 1.5; it is a share"):
+        train.main(["--data", str(data), "--run", run, "--optim.lr_min_ratio", "1.5"])
     with pytest.raises(SettingsError, match=r"optim.lr is -1"):
         train.main(["--data", str(data), "--run", run, "--optim.lr", "-1"])
     assert not (tmp_path / "run").exists()  # nothing that was refused left a folder
@@ -657,6 +663,20 @@ def test_real_sizes_have_their_settings() -> None:
         assert config.optim.warmup_steps == 4000 and config.optim.clip == 1.0 and config.optim.weight_decay == 0.1
     changed = train.read_config(["--size=300m", "--data", "x", "--run", "y", "--lm.activation", "relu"])
     assert changed.lm == dataclasses.replace(train.size("300m"), activation="relu")
+
+
+def test_a_settings_file_chooses_size_and_fine_tuning(tmp_path: Path) -> None:
+    """As the command line does: shape and defaults follow, and what comes later on the line wins."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("size: 300m\ninit: x\nlora:\n  rank: 16\n")
+    words = ["--size", "300m", "--init", "x", "--lora.rank", "16"]
+    told = train.read_config(words, folders=False)
+    assert told.lm.dim == 1024 and told.optim.lr == 2e-4 and told.steps == 1000
+    assert train.read_config(["--config", str(file)], folders=False) == told
+    assert train.read_config([f"--config={file}"], folders=False) == told
+    larger = train.read_config(["--config", str(file), "--size", "1.5b", "--lora.rank=0"], folders=False)
+    assert larger == train.read_config(["--size", "1.5b", "--init", "x"], folders=False)
+    assert train.read_config(["--size", "1.5b", "--config", str(file)], folders=False) == told
 
 
 def test_wandb_is_offline_without_key_or_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
