@@ -11,6 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from musicgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,9 +41,9 @@ def base_of(config: TrainConfig) -> dict[str, Any]:
             f"LORA={config.lora.rank} trains an adapter, and INIT is missing: give the model to adapt, a release "
             "folder or a hub name such as INIT=facebook/musicgen-small"
         )
-    from musicgen import adapters, weights
+    from musicgen import adapters
 
-    books = weights.read_info(config.init)["lm"]["num_codebooks"]
+    books = _info_of(config)["lm"]["num_codebooks"]
     if books != config.lm.num_codebooks:
         raise UserError(
             f"LORA={config.lora.rank} on INIT={config.init!r}, which has {books} codebooks, in a run of "
@@ -49,6 +51,43 @@ def base_of(config: TrainConfig) -> dict[str, Any]:
             "first (without LORA), and adapt that one"
         )
     return adapters.base_of(config.init)
+
+
+def origin_of(config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """What the run's releases say of the model it began from: inherited licences, and an adapter's codec and text
+    encoder, which are its base's. A run that goes on has it in its config.yaml and does not need INIT for it.
+
+    Args:
+        folder: the run's folder.
+
+    Raises:
+        UserError: INIT is not there, and the run does not have it (it is new, or of an earlier version).
+    """
+    if not config.init:
+        return {}
+    from musicgen import weights
+
+    file = folder / "config.yaml"
+    stored = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if isinstance(stored, dict) and "origin" in stored:
+        return stored["origin"]
+    info = _info_of(config)
+    parts = {part: info[part] for part in ("codec", "text_encoder")} if config.lora.rank else {}
+    return {**parts, "inherited": weights.inherited(config.init)}
+
+
+def _info_of(config: TrainConfig) -> dict[str, Any]:
+    """What the release of INIT says of itself."""
+    from musicgen import weights
+
+    try:
+        return weights.read_info(config.init)
+    except UserError as error:
+        raise UserError(
+            f"INIT={config.init!r}, the model that this run "
+            + ("trains an adapter of" if config.lora.rank else "began from")
+            + f", is needed and cannot be read: {error}. Put it back, or give another RUN to start anew"
+        ) from error
 
 
 def check_inputs(config: TrainConfig, lm: MusicLM, weights: dict[str, Any]) -> None:

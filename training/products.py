@@ -30,27 +30,24 @@ if TYPE_CHECKING:
 
 
 def release_info(
-    lm: MusicLM,
     encoder: TextEncoder,
     progress: state.Progress,
     config: TrainConfig,
     shards: Sources,
+    origin: dict[str, Any],
     valid_loss: float | None = None,
 ) -> dict[str, Any]:
-    """What a release says about itself (see musicgen.weights)."""
-    from musicgen import adapters, settings
-    from musicgen.weights import inherited, read_info
+    """What a release says about itself (see musicgen.weights).
+
+    Args:
+        origin: of `finetune.origin_of`; an adapter speaks through its base, and takes what belongs to it from there.
+    """
+    from musicgen import settings
 
     codec = shards.info["codec"]
-    parts = {
+    return {
         "codec": {"name": config.codec or codec["name"], "identity": codec["identity"]},
         "text_encoder": {"name": encoder.name, "identity": encoder.identity},
-    }
-    if adapters.is_adapted(lm):  # an adapter speaks through its base, and takes what belongs to it from there
-        base = read_info(config.init)
-        parts = {part: base[part] for part in parts}
-    return {
-        **parts,
         "training": {
             "step": progress.step,
             "audio_seconds_seen": round(progress.audio_seconds_seen, 2),
@@ -61,7 +58,7 @@ def release_info(
             **({"selection": settings.to_dict(config.select)} if config.select else {}),
         },
         "licence": config.licence,
-        **({"inherited": inherited(config.init)} if config.init else {}),
+        **origin,
         "made_by": about.software(),
     }
 
@@ -85,13 +82,16 @@ class Release:
     Args:
         folder: the release folder.
         base: of `adapters.base_of`, for an adapter.
+        origin: of `finetune.origin_of`.
 
     Attributes:
         waiting: what the disk has not taken yet, on rank 0.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, shards: Sources, base: dict[str, Any]) -> None:
-        self.folder, self.config, self.shards, self.base = folder, config, shards, base
+    def __init__(
+        self, folder: Path, config: TrainConfig, shards: Sources, base: dict[str, Any], origin: dict[str, Any]
+    ) -> None:
+        self.folder, self.config, self.shards, self.base, self.origin = folder, config, shards, base, origin
         self.waiting: _Waiting | None = None
 
     def write(
@@ -183,7 +183,7 @@ class Release:
         from musicgen import adapters
         from musicgen.weights import save_release
 
-        info = release_info(model, encoder, progress, self.config, self.shards, valid_loss)
+        info = release_info(encoder, progress, self.config, self.shards, self.origin, valid_loss)
         if adapters.is_adapted(model):
             adapters.save(self.folder, model, info, self.base)
             return
@@ -245,10 +245,9 @@ def make_clip(
 
     if codec is None:
         raise ValueError("clips need the codec")
-    about_it = info(lm, module.encoder, module.progress)
     lm = adapters.merged(lm) if adapters.is_adapted(lm) else lm
     module.encoder.to(next(lm.parameters()).device)  # a model put together from shards may stand elsewhere
-    model = generate.MusicGen(lm, codec, module.encoder, about_it)
+    model = generate.MusicGen(lm, codec, module.encoder, info(module.encoder, module.progress))
     sampling = SamplingConfig(top_k=min(SamplingConfig().top_k, lm.config.codebook_size))
     audio, _ = generate.generate(model, [prompt], seconds, [seed], sampling)
     mark = generate.marking(model, prompt, seed, seconds, sampling)

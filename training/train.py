@@ -313,7 +313,7 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
     before = folder_of.last_progress(folder)
     plan = lay_out(config, shards, before, speaks=is_zero)
     encoder = _load_encoder(config)
-    base = finetune.base_of(config)
+    base, origin = finetune.base_of(config), finetune.origin_of(config, folder)
     identity = {
         "settings": yaml.safe_load(yaml.safe_dump(folder_of.plain(settings.to_dict(config)))),
         "dataset_version": shards.info["dataset_version"],
@@ -321,6 +321,7 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
         "codec": {key: shards.info["codec"][key] for key in ("name", "identity")},
         "text_encoder": {"name": encoder.name, "identity": encoder.identity},
         **({"base": base} if base else {}),
+        **({"origin": origin} if origin else {}),
     }
     run_id, start = folder_of.find_run(config.run, identity, folder_of.plain(settings.to_dict(TrainConfig())))
     stop = min(config.stop_at or config.steps, config.steps)
@@ -330,7 +331,7 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
     weights = initial_state(config.init, config.lm, shards.info["codec"], identity["text_encoder"]) if takes else None
     if run_id is None and is_zero:
         run_id = folder_of.make_run(config.run, identity)
-    release = products.Release(folder / "release", config, shards, base)
+    release = products.Release(folder / "release", config, shards, base, origin)
     behind = before is not None and start > 0 and release.is_behind(before)
     unigram = data.unigram_loss(shards, config.batch).tolist()
     if is_zero:
@@ -424,7 +425,7 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
         before=bool(config.init),
     )
     prompts = products.clip_prompts(shards, config.log, [t for b in batches for t in b.texts]) if is_zero else []
-    describe = functools.partial(products.release_info, config=config, shards=shards)
+    describe = functools.partial(products.release_info, config=config, shards=shards, origin=origin)
     clips = callbacks.Clips(
         journal,
         config.log,

@@ -3,6 +3,7 @@ went."""
 
 import dataclasses
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from musicgen import adapters, weights
 from musicgen import codec as codecs
@@ -112,8 +114,6 @@ def test_an_adapter_killed_and_resumed_equals_all_at_once(place: Path) -> None:
 
 
 def test_a_base_that_changed_under_a_run_is_refused(place: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(place / "base" / "release", tmp_path / "base")
     init = ["--init", str(tmp_path / "base")]
     go(place, "moved", *init, *LORA, "--stop_at", "4")
@@ -123,6 +123,29 @@ def test_a_base_that_changed_under_a_run_is_refused(place: Path, tmp_path: Path)
     weights.save_release(tmp_path / "base", lm, info)
     with pytest.raises(UserError, match=r"trains an adapter of the model .* but INIT is now another one"):
         go(place, "moved", *init, *LORA)
+
+
+def test_a_fine_tuning_goes_on_without_the_model_it_began_from(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "base" / "release", tmp_path / "base")
+    init = ["--init", str(tmp_path / "base"), "--steps", "4", "--log.valid_every", "2"]
+    for run, more in (("whole model", []), ("adapter", ["--lora.rank", "4"])):
+        go(place, run, *init, *more, "--stop_at", "1")
+    stored = yaml.safe_load((place / "whole model" / "config.yaml").read_text())
+    shutil.rmtree(tmp_path / "base")
+    go(place, "whole model", *init)
+    info = weights.read_info(place / "whole model" / "release")
+    assert (
+        info["inherited"]
+        == stored["origin"]["inherited"]
+        == [{"model": str(tmp_path / "base"), "licence": "not stated"}]
+    )
+    for run, more, words in (
+        ("adapter", ["--lora.rank", "4"], "the model that this run trains an adapter of, is needed and cannot be"),
+        ("new", [], "the model that this run began from, is needed and cannot be read"),
+    ):
+        with pytest.raises(UserError, match=words):
+            go(place, run, *init, *more)
+    assert not (place / "new").exists()
 
 
 def test_what_an_adapter_cannot_do_is_refused(place: Path) -> None:
