@@ -1,10 +1,17 @@
 """The Dockerfile against the tree, and the commands of infra/README.md against the programs; no daemon is asked."""
 
+import ast
 import os
 import re
 import shlex
 import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from training import train
 
@@ -34,6 +41,26 @@ def test_the_image_is_built_from_the_locks_on_a_python_we_support() -> None:
     assert all(re.fullmatch(r"[\w.\[\],-]+==\S+", pin) for pin in pins)
     names = [pin.split("==")[0] for pin in pins]
     assert {"ray", "torch", "aiohttp-cors", "opencensus"} <= set(names)
+
+
+def test_what_is_declared_is_pinned_within_its_range_and_what_is_imported_is_declared() -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    wanted = [Requirement(line) for line in declared]
+    pins = [Requirement(line) for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line]
+    for one in wanted:
+        found = [p for p in pins if canonicalize_name(p.name) == canonicalize_name(one.name)]
+        assert found and all(one.specifier.contains(next(iter(p.specifier)).version) for p in found), one
+    owners = packages_distributions()
+    names = {canonicalize_name(one.name) for one in wanted}
+    names |= {"essentia", "demucs", "prodigyopt", "dadaptation", "encodec", "triton"}  # extras, and what torch brings
+    for folder in ("musicgen", "pipelines", "training"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                modules += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+                for module in {m.split(".")[0] for m in modules} - sys.stdlib_module_names - {folder}:
+                    known = {canonicalize_name(o) for o in owners.get(module, [module])} | {canonicalize_name(module)}
+                    assert known & names or module in ("musicgen", "pipelines"), f"{path} imports {module}"
 
 
 def cluster_lock() -> list[str]:
