@@ -8,6 +8,7 @@ with one id; all of them are named together. Any other fault belongs to its row,
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import difflib
@@ -75,12 +76,26 @@ _ISRC = re.compile(r"[A-Z]{2}[A-Z0-9]{3}\d{7}")
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
 
 
+_LONGEST_MESSAGE = 500
+_MOST_PROBLEMS = 100
+
+
+class _Unreadable(str):
+    """Why a line is no row."""
+
+
+def short(message: str) -> str:
+    """A message that quotes a catalogue, at a length that a person reads and a table takes."""
+    return message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + " …"
+
+
 class CatalogError(UserError):
-    """Faults that stop a run; `problems` holds all of them."""
+    """Faults that stop a run; `problems` holds all of them, the message the first `_MOST_PROBLEMS`."""
 
     def __init__(self, where: str, problems: list[str]) -> None:
         self.problems = problems
-        lines = "\n".join(f"  - {p}" for p in problems)
+        more = [f"and {len(problems) - _MOST_PROBLEMS} more"] if len(problems) > _MOST_PROBLEMS else []
+        lines = "\n".join(f"  - {short(p)}" for p in [*problems[:_MOST_PROBLEMS], *more])
         super().__init__(f"{where}: {len(problems)} problem(s) that stop the run:\n{lines}\nNothing was written.")
 
 
@@ -174,26 +189,32 @@ def _read_text(data: bytes, suffix: str, uri: str) -> list[Any]:
         raise UserError(f"CATALOG={uri!r} is not UTF-8 text: {error}") from error
     if suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""), restkey="(cells beyond the header)")
-        header = reader.fieldnames or []
+        try:
+            header = reader.fieldnames or []
+        except csv.Error as error:
+            raise UserError(f"CATALOG={uri!r} is not readable csv behind line {reader.line_num}: {error}") from error
         twice = sorted({h for h in header if header.count(h) > 1})
         if twice:
             raise UserError(f"CATALOG={uri!r}: the header names a column twice: {', '.join(twice)}")
-        return list(reader)
+        try:
+            return list(reader)
+        except csv.Error as error:
+            raise UserError(f"CATALOG={uri!r} is not readable csv behind line {reader.line_num}: {error}") from error
     rows: list[Any] = []
     for line in text.split("\n"):
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                rows.append(f"not JSON: {error}")
+            except (ValueError, RecursionError) as error:
+                rows.append(_Unreadable(f"not JSON: {error}"))
     return rows
 
 
 def validate(raw: list[Any], where: str, *, from_text: bool = False) -> list[Row]:
-    """Raw rows (dicts; a text is the reason why a line could not be read) to `Row`s.
+    """Raw rows to `Row`s.
 
     Args:
-        raw: one item per data row.
+        raw: one item per data row; `_Unreadable` for a line that is none.
         where: name of the catalogue for messages.
         from_text: cells are text (csv): numbers are parsed, lists and objects are JSON, lists of texts may also be
             separated by commas.
@@ -203,7 +224,7 @@ def validate(raw: list[Any], where: str, *, from_text: bool = False) -> list[Row
     unknown: dict[str, list[int]] = {}
     for number, item in enumerate(raw, 1):
         if not isinstance(item, dict):
-            reason = item if isinstance(item, str) else f"expected an object, got {_name(item)}"
+            reason = str(item) if isinstance(item, _Unreadable) else f"expected an object, got {_name(item)}"
             rows.append(Row(number, _empty(), (reason,)))
             continue
         values = _empty()
@@ -237,7 +258,22 @@ def validate(raw: list[Any], where: str, *, from_text: bool = False) -> list[Row
     problems += [f"track_id {i!r} is given to {_rows(n)}" for i, n in ids.items() if len(n) > 1]
     if problems:
         raise CatalogError(where, problems)
-    return [row if row.problems else Row(row.number, row.values, tuple(_value_problems(row.values))) for row in rows]
+    return [row if row.problems else _judged(row) for row in rows]
+
+
+def _judged(row: Row) -> Row:
+    """The row with its problems; texts that are no Unicode are mended, so that the reject can be written down."""
+    problems = [short(problem) for problem in _value_problems(row.values)]
+    text = json.dumps(row.values, ensure_ascii=False)
+    try:
+        text.encode()
+        json.dumps(row.values, allow_nan=False)
+    except UnicodeEncodeError:
+        mended = json.loads(text.encode(errors="replace"))
+        return Row(row.number, mended, (*problems, "a text holds half of a surrogate pair, which is no character"))
+    except ValueError:
+        problems.append("a number is not finite (NaN or Infinity)")
+    return Row(row.number, row.values, tuple(problems))
 
 
 def _empty() -> dict[str, Any]:
@@ -258,7 +294,8 @@ def _unflatten(item: dict[str, Any]) -> dict[str, Any]:
     if flat:
         record = result.get("rights", {})
         if isinstance(record, str):
-            record = _json(record)
+            with contextlib.suppress(_WrongType):  # what it holds instead is told when it is converted
+                record = _json(record)
         if isinstance(record, dict):
             result["rights"] = {**record, **flat}
     return result
@@ -280,7 +317,7 @@ def _name(value: Any) -> str:
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         raise _WrongType(f"text that is not JSON ({text[:40]!r})") from None
 
 
@@ -310,7 +347,10 @@ def _number(value: Any, from_text: bool) -> float:
             raise _WrongType(f"text ({value[:40]!r})") from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _WrongType(_name(value) + (f" ({value[:40]!r})" if isinstance(value, str) else ""))
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _texts(value: Any, from_text: bool) -> list[str]:
@@ -345,7 +385,11 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, list):
         return [_plain(v) for v in value]
-    return value.isoformat() if isinstance(value, datetime.date) else value
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    raise _WrongType(f"a value of type {_name(value)} in it")
 
 
 def _record(value: Any, from_text: bool) -> dict[str, Any]:
@@ -395,6 +439,8 @@ def _value_problems(values: dict[str, Any]) -> Iterable[str]:
     for name in ("track_id", "uri", "artist"):
         if not values[name]:
             yield f"{name} is missing"
+    if values["uri"] and any(ord(c) < 32 for c in values["uri"]):
+        yield f"uri is {values['uri']!r}, with control characters"
     if values["track_id"] and (len(values["track_id"]) > 200 or not values["track_id"].isprintable()):
         yield "track_id is longer than 200 characters or holds control characters"
     bpm = values["bpm"]

@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ from pipelines.checks import CODES, CheckConfig, Reject
 from pipelines.cluster import RunConfig, Timing
 from pipelines.rights import RightsConfig
 from pipelines.stages import Job, TrackSettings
-from pipelines.store import Place, infos
+from pipelines.store import Place, found
 
 if TYPE_CHECKING:
     from musicgen.codec import Codec
@@ -225,7 +225,7 @@ class Ingest:
                 continue
             problem = rights.admit(row.rights, self.config.rights, today)
             if problem is not None:
-                self.rejects.append((row, problem, None))
+                self.rejects.append((row, replace(problem, message=catalog.short(problem.message)), None))
             else:
                 admitted.append(row)
         return admitted
@@ -237,11 +237,12 @@ class Ingest:
             try:
                 places.append((row, self.catalog.folder.join(row.values["uri"])))
             except UserError as error:
-                self.rejects.append((row, Reject("source", "missing", str(error)), None))
+                self.rejects.append((row, Reject("source", "missing", catalog.short(str(error))), None))
         sources = []
-        for (row, place), info in zip(places, infos([place for _, place in places])):
-            if info.type != pafs.FileType.File:
-                self.rejects.append((row, Reject("source", "missing", f"no file at {row.values['uri']!r}"), None))
+        for (row, place), info in zip(places, found([place for _, place in places])):
+            if isinstance(info, str) or info.type != pafs.FileType.File:
+                why = f"no file at {row.values['uri'][:300]!r}" + (f": {info}" if isinstance(info, str) else "")
+                self.rejects.append((row, Reject("source", "missing", catalog.short(why)), None))
                 continue
             state = f"{row.track_id}\n{place.uri}\n{info.size}\n{info.mtime_ns}\n{self.hash}"
             work_id = hashlib.sha256(state.encode()).hexdigest()[:32]

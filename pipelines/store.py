@@ -66,7 +66,10 @@ class Place:
         text = os.fspath(uri)
         if not text.strip():
             raise UserError("an empty path was given; give a local path or a file:// or s3:// URI")
-        parts = urllib.parse.urlsplit(text)
+        try:
+            parts = urllib.parse.urlsplit(text)
+        except ValueError as error:
+            raise UserError(f"{text!r} is no URI ({error}); give a local path or a file:// or s3:// URI") from error
         if parts.scheme == "file":
             return cls("file", os.path.abspath(urllib.parse.unquote(parts.path)))
         if "@" in parts.netloc:
@@ -186,6 +189,29 @@ class Place:
             self.fs.delete_file(self.path)
         elif kind == pafs.FileType.Directory:
             self.fs.delete_dir(self.path)
+
+
+def found(places: Sequence[Place]) -> list[pafs.FileInfo | str]:
+    """File infos of many places, or the reason why one cannot be asked for: a name too long, an unknown scheme.
+
+    Raises:
+        UserError: a store that does not answer, which says nothing about what it holds.
+    """
+    try:
+        return list(infos(places))
+    except (UserError, OSError, ValueError):
+        return [_found(place) for place in places]
+
+
+def _found(place: Place) -> pafs.FileInfo | str:
+    try:
+        return place.info()
+    except (UserError, ValueError) as error:
+        return str(error)
+    except OSError as error:
+        if place.local:
+            return error.strerror or str(error)
+        raise UserError(f"{place} cannot be asked for: {error}. Run the same command when the store answers") from error
 
 
 def infos(places: Sequence[Place]) -> list[pafs.FileInfo]:

@@ -111,3 +111,47 @@ def test_bad_catalogues(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             catalog.read(str(tmp_path / name))
+
+
+def test_lines_and_cells_that_no_catalogue_should_hold(tmp_path: Path) -> None:
+    good = json.dumps(row(1))
+    said = {
+        "[" * 100_000: "not JSON: maximum recursion depth exceeded",
+        '{"bpm": ' + "9" * 5000 + "}": "not JSON: Exceeds the limit",
+        "\x00": "not JSON",
+        '"a text"': "expected an object, got text",
+        json.dumps(row(2, bpm=10**400)): "bpm is inf; allowed: 20 to 400",
+        json.dumps(row(3, title="a\udcff")): "a text holds half of a surrogate pair",
+        json.dumps(row(4, track_id="b\udcff")): "a text holds half of a surrogate pair",
+        json.dumps(row(5, uri="audio/a\x00b.wav")): r"uri is 'audio/a\x00b.wav', with control characters",
+        json.dumps(row(6, rights=rights(ai_contribution=float("nan")))): "a number is not finite",
+        json.dumps(row(7, language="x" * 1_000_000)): "language is 'xxx",
+    }
+    path = tmp_path / "catalog.jsonl"
+    path.write_text("\n".join([good, *said]))
+    first, *others = catalog.read(str(path)).rows
+    assert not first.problems
+    for found, reason in zip(others, said.values(), strict=True):
+        assert any(reason in problem for problem in found.problems), (found.problems, reason)
+        assert all(len(problem) < 600 for problem in found.problems)
+        json.dumps(found.values, ensure_ascii=False).encode()  # can be written down
+
+
+def test_files_that_stop_a_run_say_why(tmp_path: Path) -> None:
+    binary = {"track_id": ["a"], "rights": pa.array([{"ai_contribution": b"\xff"}])}
+    pq.write_table(pa.table(binary), tmp_path / "binary.parquet")
+    head = "track_id,uri,artist,rights\n"
+    rows = [json.dumps({**row(1), "rights": "no JSON", "rights.licence": "MIT"})]
+    rows += [json.dumps({f"{'c' * 100_000}{i}": 1}) for i in range(150)]
+    for name, text, reason in (
+        ("binary.parquet", None, "'rights.ai_contribution' holds a value of type bytes in it"),
+        ("big.csv", head + f'a,b,"{"x" * 200_000}",{{}}\n', "is not readable csv behind line 1: field larger"),
+        ("head.csv", f'"{"x" * 200_000}",uri\na,b\n', "is not readable csv behind line 0: field larger"),
+        ("deep.csv", head + f'a,b,c,"{"[" * 100_000}"\n', "column 'rights' holds text that is not JSON"),
+        ("many.jsonl", "\n".join(rows), "and 51 more"),
+    ):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(UserError) as caught:
+            catalog.read(str(tmp_path / name))
+        assert reason in str(caught.value) and len(str(caught.value)) < 100_000

@@ -268,6 +268,24 @@ def test_a_damaged_set_is_named_and_made_whole_again(local_ray: str, tmp_path: P
         assert digests(out) == shards and len(ShardSet.open(str(out))) == 4
 
 
+def test_addresses_that_no_file_has_cost_their_row(local_ray: str, tmp_path: Path) -> None:
+    rows = [row(i, artist=f"A{i}") for i in range(3)]
+    write_rows(tmp_path, rows)
+    (tmp_path / "audio" / "empty.flac").write_bytes(b"")
+    os.symlink("loop.flac", tmp_path / "audio" / "loop.flac")
+    os.mkfifo(tmp_path / "audio" / "pipe.flac")
+    odd = {
+        "nul": "audio/a\x00b.flac", "half": "audio/a\udcff.flac", "long": f"audio/{'x' * 5000}.flac", "way": "foo://x/y.flac",
+        "host": "http://[::1/y.flac", "bucket": "s3://", "loop": "audio/loop.flac", "pipe": "audio/pipe.flac",
+        "device": "/dev/zero", "folder": "audio", "empty": "audio/empty.flac",
+    }  # fmt: skip
+    rows += [row(50 + at, track_id=name, uri=uri) for at, (name, uri) in enumerate(odd.items())]
+    assert run(write_rows(tmp_path, rows), tmp_path / "out") == 0
+    codes = {"nul": "invalid_row", "half": "invalid_row", "empty": "not_audio"}
+    assert rejects(tmp_path / "out") == {name: codes.get(name, "missing") for name in odd}
+    assert max(len(r["message"]) for r in pq.read_table(tmp_path / "out/rejects.parquet").to_pylist()) < 600
+
+
 def test_damaged_work_of_an_unfinished_run_is_named(local_ray: str, tmp_path: Path) -> None:
     catalogue, out = write_rows(tmp_path, [row(i, artist=f"A{i}") for i in range(2)]), tmp_path / "out"
     (out / ".work").mkdir(parents=True)
