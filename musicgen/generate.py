@@ -12,10 +12,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -115,6 +116,25 @@ class GenerateConfig:
             raise ValueError(f"clips is {self.clips}; give 1 or more, and 1 for a stream or OUT=-")
 
 
+def _check_text(name: str, text: str) -> None:
+    """Refuse bytes that are no UTF-8, which Python hands on as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} holds bytes that are no UTF-8, after {text[: error.start][-20:]!r}; give it in UTF-8 (such as "
+            "`iconv -f latin1 -t utf-8` makes it)"
+        ) from None
+
+
+def _print(line: str, file: Any) -> None:
+    """Print what may hold a file's name in any bytes, to a reader who may have gone."""
+    try:
+        print(line.encode("utf-8", "backslashreplace").decode(), file=file, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # or Python complains again at its end
+
+
 def _check_out(out: str, streaming: bool) -> None:
     if out == "-":
         return
@@ -142,6 +162,8 @@ def main(argv: Sequence[str]) -> int:
         given = str(error).rsplit("Got value: ", 1)[-1].strip()
         raise UserError(f"DURATION={given} is not a number; {DURATION_ADVICE}") from None
     prompt = None if config.unconditional else (config.prompt or os.environ.get("PROMPT", "")).strip()
+    for name, text in (("PROMPT", prompt or ""), ("negative_prompt", config.negative_prompt)):
+        _check_text(name, text)
     if prompt == "" and (config.attributes or config.melody or config.style):
         prompt = None  # they say what to play
     if prompt == "":
@@ -163,10 +185,10 @@ def main(argv: Sequence[str]) -> int:
     seconds = time.perf_counter() - began
     for (out, peak), seed in zip(written, request.seeds):
         level = 20 * math.log10(peak) if peak > 0 else -math.inf
-        print(
+        _print(
             f"{out}: {config.duration:g} s, peak {level:.1f} dBFS, marked as generated (seed {seed}); {note}"
             f"made in {seconds:.1f} s ({config.clips * config.duration / seconds:.2f} x real time)",
-            file=sys.stderr if out == "-" else sys.stdout,
+            sys.stderr if out == "-" else sys.stdout,
         )
     return 0
 
@@ -266,6 +288,21 @@ def _style(model: MusicGen, config: GenerateConfig) -> Tensor:
     return encode_audio(model, excerpt)
 
 
+@contextmanager
+def _standard_output() -> Iterator[BinaryIO]:
+    """Standard output for sound; raises `UserError` where it cannot be written, such as to a full disk."""
+    with files.writing("-") as file:
+        try:
+            yield file
+        except BrokenPipeError:  # its reader has gone
+            raise
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at its end
+            raise UserError(
+                f"OUT=- cannot be written: {error.strerror or error}; free the place or give OUT="
+            ) from None
+
+
 def _write_clips(
     model: MusicGen, request: Request, marks: Sequence[dict[str, Any]], out: str
 ) -> list[tuple[str, float]]:
@@ -282,8 +319,9 @@ def _write_clips(
         data = wav.encode(audio, model.codec.sample_rate, mark)
         name = out if len(marks) == 1 else f"{out[: -len('.wav')]}-{number}.wav"
         if name == "-":
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
+            with _standard_output() as file:
+                file.write(data)
+                file.flush()
         else:
             files.write_bytes(name, data)
         written.append((name, float(audio.abs().max())))
@@ -299,7 +337,7 @@ def _write_stream(
     """
     began, first, peak = time.perf_counter(), math.nan, 0.0
     rate, channels = model.codec.sample_rate, model.codec.channels
-    with files.writing(config.out) as file:
+    with _standard_output() if config.out == "-" else files.writing(config.out) as file:
         file.write(wav.header(channels, round(request.duration_seconds * rate), rate, mark))
         for piece in stream(model, request, config.chunk_seconds):
             file.write(wav.pcm16(piece[0]).T.tobytes())

@@ -248,6 +248,46 @@ def test_command_refuses_in_words(
     assert message in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("stream", "end", "message"),
+    [
+        ([], "gone", "the program that read the output ended"),
+        (["--stream", "true"], "/dev/full", "OUT=- cannot be written"),
+    ],
+)
+def test_output_that_nobody_takes(release: Path, stream: list[str], end: str, message: str) -> None:
+    argv = [sys.executable, "-m", "musicgen.generate", "--model", str(release), "--duration", "0.5", "--out", "-"]
+    if end == "gone":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open(end, os.O_WRONLY)
+    done = subprocess.run(
+        [*argv, "--prompt", "waltz", *stream], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300
+    )
+    os.close(writer)
+    assert done.returncode == 2 and message in done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
+
+
+def test_bytes_that_are_no_text(release: Path, tmp_path: Path) -> None:
+    """A prompt in Latin-1 is refused; a file's name may be of any bytes, and the reader of its name may have gone."""
+    argv = [sys.executable, "-m", "musicgen.generate", "--model", str(release), "--duration", "0.3"]
+    env: dict[bytes, bytes] = {**os.environb, b"PROMPT": "café".encode("latin1")}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "error: PROMPT holds bytes that are no UTF-8, after 'caf'" in done.stderr
+    out = os.fsencode(tmp_path) + b"/\xe9.wav"
+    done = subprocess.run([*argv, "--prompt", "x", "--out", out], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and r"\udce9.wav: 0.3 s" in done.stdout and os.path.exists(out), done.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*argv, "--prompt", "x", "--out", tmp_path / "x.wav"], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert done.returncode == 0 and not done.stderr.strip() and (tmp_path / "x.wav").is_file()
+
+
 def test_command_warns_of_an_unknown_script_and_still_plays(
     release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
