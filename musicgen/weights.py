@@ -85,11 +85,13 @@ def write_folder(
     """Write config.json (`document`), files and copies of folders as one folder, whole or absent; an old one goes.
 
     Raises:
-        UserError: not a local folder, or it cannot be written.
+        UserError: not a local folder, something else than a release, an adapter or a codec stands there, or it cannot
+            be written.
     """
     target = files.local_path(folder)
     if target is None:
         raise UserError(f"a release is written to a local folder, not {os.fspath(folder)!r}; copy it from there")
+    _check_replaceable(target)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     aside = temporary.with_suffix(".old")
     try:
@@ -111,6 +113,22 @@ def write_folder(
         if target.exists():
             shutil.rmtree(aside, ignore_errors=True)
     return target
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace what is neither an empty folder nor a release, an adapter or a codec."""
+    try:
+        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+            return
+        about = json.loads((target / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        about = None
+    kind = about.get("format", about.get("model_type")) if isinstance(about, dict) else None
+    if kind not in (FORMAT, ADAPTER, "encodec"):
+        raise UserError(
+            f"{target} holds something else than a release, which would be lost; give a new or empty folder, or move "
+            "away what stands there"
+        )
 
 
 def resolve(model: str | os.PathLike[str]) -> str:

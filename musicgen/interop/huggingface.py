@@ -10,6 +10,7 @@ Key maps: the reference's conversion scripts (`models/musicgen*/convert_*.py` of
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from musicgen.errors import UserError
 from musicgen.interop.parts import Parts, card, check_reference, read_card
 
 TYPES = ("musicgen", "musicgen_melody")
+_REFERENCE_SECONDS = 30.0
 _DECODER = "decoder.model.decoder."
 # Ours to theirs, for everything but the packed q/k/v.
 _RULES = (
@@ -146,8 +148,25 @@ def read(folder: Path, source: str) -> Parts:
         source=source,
         licence=licence,
         inherited=inherited,
-        training={"crop_seconds": 30.0},
+        training={"crop_seconds": _crop_seconds(folder, whole)},
     )
+
+
+def _crop_seconds(folder: Path, whole: Any) -> float:
+    """Length of the training crops: what generation_config.json has the model make, else the reference's 30 s.
+
+    Its `max_length` counts frames in the released models (1500) and columns in our exports, the delays of the
+    codebooks included; the delays are taken off where that leaves tenths of a second.
+    """
+    try:
+        length = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("max_length")
+    except (OSError, ValueError, AttributeError):
+        return _REFERENCE_SECONDS
+    rate, books = int(whole.audio_encoder.frame_rate), whole.decoder.num_codebooks // whole.decoder.audio_channels
+    if not isinstance(length, int) or length < rate + books:  # the library's own default is 20
+        return _REFERENCE_SECONDS
+    columns = (length - books) % (rate // 10 if rate % 10 == 0 else rate) == 0
+    return (length - books if columns else length) / rate
 
 
 def _config_of(whole: Any, source: str) -> LMConfig:
@@ -269,8 +288,6 @@ def _generation(model: Any, parts: Parts) -> None:
 
 def _processor(parts: Parts, folder: Path) -> None:
     """Tokenizer and feature extractor beside the weights."""
-    import json
-
     import transformers
 
     rate = parts.network.config.sampling_rate

@@ -23,7 +23,7 @@ from musicgen.conditioning import TextEncoder
 from musicgen.config import ConditionConfig, LMConfig, StyleConfig
 from musicgen.engine import Engine
 from musicgen.errors import UserError
-from musicgen.interop import audiocraft, command, parts, sources
+from musicgen.interop import audiocraft, command, huggingface, parts, sources
 from musicgen.lm import MusicLM
 from musicgen.model import encode_prompts
 from musicgen.sampling import SamplingConfig
@@ -281,6 +281,7 @@ def test_a_float16_release_comes_back_as_it_was(tmp_path: Path) -> None:
         assert (back / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
         info = weights.read_info(back)
         assert info["licence"] == "Apache-2.0" and info["lm"]["activation"] == "relu"
+        assert info["training"]["crop_seconds"] == 10.0
         assert info["inherited"] == [{"model": str(tmp_path / to), "licence": "Apache-2.0"}]
 
 
@@ -418,6 +419,32 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     torch.save({"model": {}}, folder / "state_dict.bin")
     with pytest.raises(UserError, match=r"not an exported audiocraft file"):
         command.main(["import", "--source", str(folder), *argv])
+
+
+@pytest.mark.parametrize(
+    ("settings", "seconds"),
+    [
+        ('{"max_length": 1500}', 30.0),  # the released models
+        ('{"max_length": 504}', 10.0),  # our export of crops of 10 s
+        ('{"max_length": 750}', 15.0),
+        ('{"max_length": 509}', 10.1),
+        ('{"max_length": 20}', 30.0),  # transformers' own default says nothing
+        ('{"max_length": "long"}', 30.0),
+        ("[]", 30.0),
+        (None, 30.0),
+    ],
+)
+def test_the_length_of_the_crops_comes_from_what_the_model_makes(
+    settings: str | None, seconds: float, tmp_path: Path
+) -> None:
+    from types import SimpleNamespace
+
+    if settings is not None:
+        (tmp_path / "generation_config.json").write_text(settings)
+    whole = SimpleNamespace(
+        audio_encoder=SimpleNamespace(frame_rate=50), decoder=SimpleNamespace(num_codebooks=4, audio_channels=1)
+    )
+    assert huggingface._crop_seconds(tmp_path, whole) == pytest.approx(seconds)
 
 
 def test_damaged_transformers_folders_are_refused(tmp_path: Path) -> None:

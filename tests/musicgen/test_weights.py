@@ -60,6 +60,20 @@ def test_float16_is_half_the_size_and_upcast_at_load(lm: MusicLM, tmp_path: Path
         assert torch.equal(state[name], tensor.half().float())
 
 
+def test_what_is_no_release_is_not_replaced(lm: MusicLM, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert weights.save_release(tmp_path / "empty", lm, INFO).is_dir()
+    thesis = tmp_path / "mine" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("years")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    for target in (thesis.parent, thesis, tmp_path / "bert"):
+        with pytest.raises(UserError, match="holds something else than a release, which would be lost"):
+            weights.save_release(target, lm, INFO)
+    assert thesis.read_text() == "years" and [p.name for p in (tmp_path / "bert").iterdir()] == ["config.json"]
+
+
 def test_saving_again_replaces_and_a_failed_save_keeps_the_old_one(
     lm: MusicLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
