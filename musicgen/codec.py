@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from musicgen import seanet
 from musicgen.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import EncodecModel
+    from transformers import EncodecConfig, EncodecModel
 
 DEMO_FOLDER = Path(__file__).parent / "assets" / "codec"
 TRAINING_BUFFERS = (".inited", ".cluster_size", ".embed_avg")
@@ -74,35 +75,45 @@ CODEC_SIZES: dict[str, CodecConfig] = {
 }
 
 
+def network_config(config: CodecConfig) -> EncodecConfig:
+    """The shape as `transformers` writes it: by a bandwidth, from which it counts the codebooks back."""
+    from transformers import EncodecConfig
+
+    per_codebook = -(-config.sample_rate_hz // config.hop) * (config.codebook_size.bit_length() - 1)
+    kbit_per_second = config.num_codebooks * per_codebook / 1000
+    while 1000 * kbit_per_second // per_codebook < config.num_codebooks:  # rounded to just below: one too few
+        kbit_per_second = math.nextafter(kbit_per_second, math.inf)
+    return EncodecConfig(
+        target_bandwidths=[kbit_per_second],
+        sampling_rate=config.sample_rate_hz,
+        audio_channels=config.channels,
+        normalize=False,
+        hidden_size=config.hidden_size,
+        num_filters=config.num_filters,
+        num_residual_layers=1,
+        upsampling_ratios=list(config.ratios),
+        use_causal_conv=False,
+        use_conv_shortcut=False,
+        pad_mode="reflect",
+        num_lstm_layers=config.num_lstm_layers,
+        codebook_size=config.codebook_size,
+    )
+
+
 def build(config: CodecConfig) -> EncodecModel:
     """A `transformers.EncodecModel` of this shape with fresh weights (codebooks are zero until trained)."""
-    from transformers import EncodecConfig, EncodecModel
+    from transformers import EncodecModel
 
-    frame_rate = -(-config.sample_rate_hz // config.hop)
-    kbit_per_second = config.num_codebooks * frame_rate * (config.codebook_size.bit_length() - 1) / 1000
-    return EncodecModel(
-        EncodecConfig(
-            target_bandwidths=[kbit_per_second],
-            sampling_rate=config.sample_rate_hz,
-            audio_channels=config.channels,
-            normalize=False,
-            hidden_size=config.hidden_size,
-            num_filters=config.num_filters,
-            num_residual_layers=1,
-            upsampling_ratios=list(config.ratios),
-            use_causal_conv=False,
-            use_conv_shortcut=False,
-            pad_mode="reflect",
-            num_lstm_layers=config.num_lstm_layers,
-            codebook_size=config.codebook_size,
-        )
-    )
+    return EncodecModel(network_config(config))
 
 
 def save(model: EncodecModel, folder: str | Path, *, dtype: torch.dtype = torch.float16) -> Path:
     """Write `config.json` and `model.safetensors` (no training buffers); whole or absent.
 
     The folder loads with `musicgen.codec.load` and with `transformers.EncodecModel.from_pretrained`.
+
+    Raises:
+        UserError: the config.json that stands there is of another kind of model.
     """
     import os
     import tempfile
@@ -110,6 +121,8 @@ def save(model: EncodecModel, folder: str | Path, *, dtype: torch.dtype = torch.
     from safetensors.torch import save_file
 
     folder = Path(folder)
+    if (folder / "config.json").exists() and _model_type(folder) != "encodec":
+        raise UserError(f"{folder} holds another kind of model, which would be lost; give a new folder for the codec")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         k: v.detach().to("cpu", dtype).contiguous()
@@ -125,6 +138,15 @@ def save(model: EncodecModel, folder: str | Path, *, dtype: torch.dtype = torch.
         for name in ("model.safetensors", "config.json"):
             os.replace(Path(scratch) / name, folder / name)
     return folder
+
+
+def _model_type(folder: Path) -> str | None:
+    """What config.json says that the folder holds; None where it cannot be read."""
+    try:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return about.get("model_type") if isinstance(about, dict) else None
 
 
 class Codec:

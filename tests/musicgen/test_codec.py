@@ -112,3 +112,21 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="type 't5'"):
         codecs.load(tmp_path)
+
+
+def test_a_codec_replaces_no_other_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"format": "musicgen-release"}')
+    with pytest.raises(UserError, match="another kind of model"):
+        codecs.save(codecs.build(codecs.CodecConfig(num_filters=2, hidden_size=4)), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("rate", [16_000, 22_050, 24_000, 32_000, 44_100, 48_000])
+def test_every_number_of_codebooks_is_built(rate: int) -> None:
+    """The network is described by bandwidths, from which transformers counts the codebooks back."""
+    for ratios in ((2, 2, 2, 2), (8, 5, 4, 4), (4, 4, 5, 8), (7, 3)):
+        for books in (*range(1, 17), 32):
+            for size in (2, 64, 1024, 2048):
+                shape = codecs.CodecConfig(sample_rate_hz=rate, ratios=ratios, num_codebooks=books, codebook_size=size)
+                config = codecs.network_config(shape)
+                assert config.num_quantizers == books, (rate, ratios, books, size, config.num_quantizers)
