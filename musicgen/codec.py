@@ -118,7 +118,7 @@ def save(model: EncodecModel, folder: str | Path, *, dtype: torch.dtype = torch.
     import os
     import tempfile
 
-    from safetensors.torch import save_file
+    from safetensors.torch import save as packed
 
     folder = Path(folder)
     if (folder / "config.json").exists() and _model_type(folder) != "encodec":
@@ -132,8 +132,10 @@ def save(model: EncodecModel, folder: str | Path, *, dtype: torch.dtype = torch.
     settings = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     settings.pop("transformers_version", None)
     settings["architectures"] = ["EncodecModel"]
+    settings["dtype"] = "float32"  # 16 bits are how the weights are kept; a network of 16 bits takes no sound
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        save_file(tensors, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
+        # Written by ourselves: safetensors' own files are for their owner alone.
+        (Path(scratch) / "model.safetensors").write_bytes(packed(tensors, metadata={"format": "pt"}))
         (Path(scratch) / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True, default=list) + "\n")
         for name in ("model.safetensors", "config.json"):
             os.replace(Path(scratch) / name, folder / name)
