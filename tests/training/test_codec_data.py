@@ -149,6 +149,24 @@ def test_data_of_another_kind_is_refused_by_name(catalog: Path, tmp_path: Path) 
         data.open_cache(tmp_path / "24k", "train", CodecConfig(sample_rate_hz=24_000, channels=2))
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("train.json", '{"channels": 1, "sta', "cut short"),
+        ("train.json", "[]", "none of ours"),
+        ("train.json", '{"channels": 1, "starts": [0, 9, 3], "track_ids": ["a", "b"]}', "places no tracks"),
+        ("train.json", '{"channels": 1, "starts": [], "track_ids": []}', "places no tracks"),
+        ("train.pcm16", "half", "holds 4 bytes instead of 4000"),
+        ("train.pcm16", None, "holds 0 bytes instead of 4000"),
+    ],
+)
+def test_a_damaged_cache_is_named(file: str, content: str | None, words: str, tmp_path: Path) -> None:
+    data.write_cache(tmp_path, "train", iter([("a", np.zeros((1, 2000), np.float32))]), 1)
+    (tmp_path / file).write_text(content) if content is not None else (tmp_path / file).unlink()
+    with pytest.raises(UserError, match=rf"the PCM of split 'train' in .* is damaged \(.*{words}"):
+        data.open_cache(tmp_path, "train", SHAPE)
+
+
 def test_every_rank_has_its_part_of_the_same_batch(tmp_path: Path) -> None:
     data.write_cache(tmp_path, "train", ((f"t{i}", melody(i, 1.0)[None]) for i in range(4)), 1)
     pcm = data.open_cache(tmp_path, "train")

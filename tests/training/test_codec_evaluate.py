@@ -88,6 +88,13 @@ def test_another_catalogue_is_decoded_anew(made: Path) -> None:
     assert evaluate._cache(config, codec) == before
 
 
+def test_data_that_is_none(tmp_path: Path) -> None:
+    for name in ("gone", "gone.jsonl", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=r"neither a catalogue|does not exist|cannot be"):
+            evaluate.main(["--data", str(tmp_path / name), "--cache", str(tmp_path / "pcm")])
+
+
 def test_settings_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match="6000 to 510000"):
         evaluate.CodecEvalConfig(opus=(100,))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from musicgen import codec as codecs
 from musicgen import settings, wav
@@ -157,6 +158,8 @@ def test_trains_resumes_and_exports(cache: Path, tmp_path: Path) -> None:
     assert any(key.startswith("samples") for keys in sent for key in keys) and any(
         "share/feature" in keys for keys in sent
     )
+    # The last step, an odd one, has no update of the discriminator: the figures of the one before stand there.
+    assert {"train/discriminator", "train/real_taken_for_real", "train/decoded_taken_for_real"} <= set(lines[-2])
     shares = {k: v for k, v in lines[-2].items() if k.startswith("share/")}
     assert shares.keys() == {f"share/{name}" for name in ("wave", "mel", "tonal", "chroma", "adversarial", "feature")}
     assert sum(shares.values()) == pytest.approx(1.0)
@@ -333,8 +336,69 @@ def test_bad_input(tmp_path: Path, cache: Path) -> None:
         train.main(["--data", str(cache), *SMALL, "--run", str(tmp_path / "torn")])
     with pytest.raises(UserError, match=r"lr: 0.002 there, 0.5 now"):
         run = ["--data", str(cache), "--run", str(tmp_path / "s"), *SMALL]
-        train._keep_config(tmp_path, train_config(run))
-        train._keep_config(tmp_path, train_config([*run, "--lr", "0.5"]))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(train._plain(train_config(run))))
+        train._check_config(tmp_path, train_config(run))
+        train._check_config(tmp_path, train_config([*run, "--lr", "0.5"]))
+    (tmp_path / "config.yaml").write_text("size: 300m\n")
+    with pytest.raises(UserError, match="that is none of a codec run"):
+        train._check_config(tmp_path, train_config(run))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"RUN='.*file' cannot be made"):
+        train.main(["--data", str(cache), "--run", str(tmp_path / "file")])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("network.num_filters", "0", "at least 2"),
+        ("network.hidden_size", "0", "at least 1"),
+        ("network.num_lstm_layers", "0", "at least 1"),
+        ("network.num_codebooks", "0", "at least 1"),
+        ("network.ratios", "[4, 0]", "at least 1"),
+        ("network.ratios", "[]", "at least 1"),
+        ("network.sample_rate_hz", "0", "at least 1000"),
+        ("ema_decay", "1.0", "at least 0 and less than 1"),
+        ("ema_decay", "-0.1", "at least 0 and less than 1"),
+        ("ema_decay", ".nan", "at least 0 and less than 1"),
+        ("lr", ".inf", "more than 0"),
+        ("lr", "0", "more than 0"),
+        ("betas", "[0.9, 1.5]", "at least 0 and less than 1"),
+        ("crop_seconds", ".nan", "at least 0.001"),
+        ("quantiser.decay", "2", "at least 0 and less than 1"),
+        ("discriminator.dilations", "[1, 0]", "at least 1"),
+        ("balancer.total_norm", "-1", "more than 0"),
+        ("loss.mel", "-1", "at least 0"),
+        ("loss.mel_windows", "[0]", "at least 16"),
+    ],
+)
+def test_numbers_that_no_training_can_have(name: str, value: str, allowed: str) -> None:
+    with pytest.raises(settings.SettingsError, match=rf"{name} is .*; it must be {allowed}"):
+        read_config(["--data", "x", f"--{name}={value}"])
+
+
+def test_a_start_that_fails_leaves_the_run_folder_free(cache: Path, tmp_path: Path) -> None:
+    argv = ["--data", str(cache), *SMALL, "--steps", "5", "--run", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="holds no codec"):
+        train.main([*argv, "--init", str(tmp_path / "nowhere"), "--lr", "0.5"])
+    train._check_config(tmp_path / "run", train_config(argv))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_state_of_another_rate_is_refused(tmp_path: Path) -> None:
+    """Tensors of equal shapes; by what the state says, and for one of before it did by its run's settings."""
+    module, config = CodecModule(train_config(SMALL), []), train_config([*SMALL, "--network.sample_rate_hz", "24000"])
+    checkpoint: dict[str, Any] = {}
+    CodecModule(config, []).on_save_checkpoint(checkpoint)
+    (tmp_path / "state").mkdir()
+    kept = {"state_dict": module.state_dict(), "optimizer_states": [{"state": {}}], "global_step": 3, "ema": module.ema}
+    torch.save(kept | {"network": checkpoint["network"]}, tmp_path / "state" / "last.ckpt")
+    with pytest.raises(UserError, match="another kind of codec: sample_rate_hz is 24000 there, 32000 in this run"):
+        start_from(module, str(tmp_path))
+    torch.save(kept, tmp_path / "state" / "last.ckpt")
+    assert "step 3" in start_from(module, str(tmp_path))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(train._plain(config)))
+    with pytest.raises(UserError, match="sample_rate_hz is 24000 there"):
+        start_from(module, str(tmp_path))
 
 
 def test_sizes_have_their_settings() -> None:

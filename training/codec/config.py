@@ -6,9 +6,12 @@ without the quantiser, `loss` with it, `adversarial_loss` once the discriminator
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from musicgen import codec as codecs
 from musicgen import settings
@@ -21,6 +24,44 @@ from training.codec.quantiser import QuantiserConfig
 from training.strategy import HardwareConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs" / "codec"
+
+
+_MOST, _ABOVE_ZERO, _BELOW_ONE = 1e9, 1e-12, math.nextafter(1.0, 0.0)
+# What a number of each setting, or each of several, must lie between; NaN and infinity lie nowhere.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("lr", "discriminator.lr", "balancer.total_norm", "quantiser.epsilon"), (_ABOVE_ZERO, _MOST)),
+    **dict.fromkeys(("clip", "discriminator.seconds", "discriminator.slope", "quantiser.dead_share"), (0, _MOST)),
+    **dict.fromkeys(
+        ("betas", "discriminator.betas", "ema_decay", "balancer.decay", "quantiser.decay"), (0, _BELOW_ONE)
+    ),
+    **dict.fromkeys(("quantiser.kmeans_iterations", "quantiser.kmeans_latents"), (1, _MOST)),
+    "crop_seconds": (0.001, 3600),
+    "discriminator.dilations": (1, 1024),
+    "discriminator.windows": (16, 65_536),
+    "network.sample_rate_hz": (1000, 384_000),
+    "network.num_filters": (2, 4096),
+    "network.hidden_size": (1, 4096),
+    "network.ratios": (1, 1024),
+    "network.num_lstm_layers": (1, 64),
+    "network.num_codebooks": (1, 64),
+    "network.codebook_size": (2, 32_768),  # an entry is an int16 in the shards
+}
+_LOSS_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys((*RECONSTRUCTION, "adversarial", "feature", "commitment"), (0, _MOST)),
+    **dict.fromkeys(("mel_windows", "tonal_windows"), (16, 65_536)),
+    "tonal_max_hz": (1, _MOST),
+}
+
+
+def _check_range(name: str, config: Any, low: float, high: float) -> None:
+    """Raises `ValueError` where the number, or one of the numbers, of a setting of `config` lies outside."""
+    value = functools.reduce(getattr, name.split("."), config)
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if not all(low <= number <= high for number in numbers) or (name == "network.ratios" and not numbers):
+        least = "more than 0" if low == _ABOVE_ZERO else f"at least {low:g}"
+        most = " and less than 1" if high == _BELOW_ONE else "" if high == _MOST else f" and at most {high:g}"
+        shown = list(value) if isinstance(value, list | tuple) else value
+        raise ValueError(f"{name} is {shown}; it must be {least}{most}")
 
 
 @dataclass(frozen=True)
@@ -96,6 +137,11 @@ class CodecTrainConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
+        for name, (low, high) in _RANGES.items():
+            _check_range(name, self, low, high)
+        for phase in ("loss", "warmup_loss", "adversarial_loss"):
+            for name, (low, high) in _LOSS_RANGES.items():
+                _check_range(f"{phase}.{name}", self, low, high)
         if self.network.channels not in (1, 2):
             raise ValueError(f"network.channels is {self.network.channels}; a codec is mono (1) or stereo (2)")
         if self.network.codebook_size & (self.network.codebook_size - 1) or self.network.codebook_size < 2:

@@ -45,24 +45,40 @@ class Pcm:
 
 
 def open_cache(folder: str | Path, split: str, shape: CodecConfig | None = None) -> Pcm:
-    """Open a split of a PCM cache; raises `UserError` when it isn't there, or does not fit the codec of `shape`."""
+    """Open a split of a PCM cache; raises `UserError` when it isn't there, is damaged, or does not fit `shape`."""
     folder = Path(folder)
     described = folder / f"{split}.json"
     if not described.is_file():
         raise UserError(f"no PCM of split {split!r} in {folder}; make it with `make codec DATA=<catalogue>`")
-    about = json.loads(described.read_text())
-    rate = int(about.get("sample_rate_hz", 32_000))
-    if shape is not None and (rate, about["channels"]) != (shape.sample_rate_hz, shape.channels):
+
+    def damaged(how: str) -> UserError:
+        return UserError(
+            f"the PCM of split {split!r} in {folder} is damaged ({how}); delete {folder} and give the catalogue or the "
+            "audio shards it was made from as DATA"
+        )
+
+    try:
+        about = json.loads(described.read_text())
+        rate, channels = int(about.get("sample_rate_hz", 32_000)), int(about["channels"])
+        starts, ids = np.asarray(about["starts"], dtype=np.int64), [str(name) for name in about["track_ids"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise damaged(f"{described.name} is cut short or none of ours") from None
+    if shape is not None and (rate, channels) != (shape.sample_rate_hz, shape.channels):
         raise UserError(
-            f"DATA {str(folder)!r} holds PCM of {rate} Hz and {about['channels']} channel(s); this codec takes "
+            f"DATA {str(folder)!r} holds PCM of {rate} Hz and {channels} channel(s); this codec takes "
             f"{shape.sample_rate_hz} Hz and {shape.channels}. Give the catalogue or the audio shards it was made from"
         )
-    starts = np.asarray(about["starts"], dtype=np.int64)
-    size = (int(about["channels"]), int(starts[-1]))
+    if starts.ndim != 1 or len(starts) != len(ids) + 1 or starts[0] or (np.diff(starts) < 0).any() or channels < 1:
+        raise damaged(f"{described.name} places no tracks")
+    size = (channels, int(starts[-1]))
     if size[1] == 0:
         return Pcm(np.zeros(size, np.int16), starts, [], rate)
-    flat = np.memmap(folder / f"{split}.pcm16", dtype=np.int16, mode="r", shape=(size[1], size[0]))
-    return Pcm(flat.T, starts, about["track_ids"], rate)
+    sound = folder / f"{split}.pcm16"
+    held = sound.stat().st_size if sound.is_file() else 0
+    if held != 2 * size[0] * size[1]:
+        raise damaged(f"{sound.name} holds {held} bytes instead of {2 * size[0] * size[1]}")
+    flat = np.memmap(sound, dtype=np.int16, mode="r", shape=(size[1], size[0]))
+    return Pcm(flat.T, starts, ids, rate)
 
 
 def write_cache(

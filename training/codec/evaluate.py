@@ -148,7 +148,7 @@ def _at_32k(signal: np.ndarray, sample_rate_hz: int) -> np.ndarray:
 def _cache(config: CodecEvalConfig, codec: codecs.Codec) -> Path:
     """The cache's folder of this catalogue as it is now, at the codec's rate and channels."""
     source = Place.at(config.data)
-    content = b"" if (Path(config.data) / "train.json").is_file() else source.read()
+    content = source.read() if source.is_file() else b""  # what a folder holds is looked at where it is decoded
     what = json.dumps([config.data, codec.sample_rate, codec.channels, settings.to_dict(config.splits)])
     return Path(config.cache) / hashlib.sha256(what.encode() + content).hexdigest()[:12]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from musicgen import codec as codecs
@@ -68,6 +69,7 @@ def _from_state(module: Any, path: Path) -> str:
         ema: list[Tensor] = state["ema"]
     except Exception as error:
         raise UserError(f"INIT {str(path)!r} is not the state of a codec run: {error}") from error
+    _check_shape(module, path, state.get("network"))
     prefix = "network."
     _take(module, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, path)
     module.ema = [mean.clone() for mean in ema]
@@ -83,6 +85,25 @@ def _from_state(module: Any, path: Path) -> str:
         moments = moments[:1]
     module.start_moments = moments
     return f"{' and '.join(taken)} of {path} (step {state['global_step']})"
+
+
+def _check_shape(module: Any, path: Path, there: Any) -> None:
+    """Refuse a state of a codec of another rate, channels or ratios, which tensors of equal shapes do not tell.
+
+    Args:
+        there: the shape that the state states; None for one that was written before states did, whose run has it in
+            its config.yaml.
+    """
+    if there is None:
+        try:
+            there = yaml.safe_load((path.parent.parent / "config.yaml").read_text(encoding="utf-8"))["network"]
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+            return
+    shape = module.shape
+    here = {"sample_rate_hz": shape.sample_rate_hz, "channels": shape.channels, "ratios": list(shape.ratios)}
+    other = [f"{k} is {there.get(k)} there, {v} in this run" for k, v in here.items() if there.get(k, v) != v]
+    if other:
+        raise UserError(f"INIT {str(path)!r} is another kind of codec: {'; '.join(other)}")
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -11,6 +11,7 @@ the codec: that is one pass through the network, and says what each loss contrib
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,7 @@ class CodecModule(pl.LightningModule):
         self.rebuild_sums = False
         self.validation_audio = validation_audio
         self.record: dict[str, float] = {}
+        self.critic_record: dict[str, float] = {}  # of the discriminator's last update, which is not in every step
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -118,11 +120,12 @@ class CodecModule(pl.LightningModule):
             loss = adversary.hinge_loss([v.logits for v in real], [v.logits for v in fake])
             self._check_finite(loss, loss, step)
             self._update(1, loss, critic)
-            self.record |= {
+            self.critic_record = {
                 "train/discriminator": float(loss.detach()),
                 "train/real_taken_for_real": _positive(real),
                 "train/decoded_taken_for_real": _positive(fake),
             }
+        self.record |= self.critic_record
         with torch.no_grad():
             real = critic(batch)
         fake = critic(output)
@@ -269,7 +272,8 @@ class CodecModule(pl.LightningModule):
         return result, heard
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep EMA and balancer beside Lightning's state."""
+        """Keep EMA, balancer and the codec's shape beside Lightning's state."""
+        checkpoint["network"] = dataclasses.asdict(self.shape) | {"ratios": list(self.shape.ratios)}
         checkpoint["ema"] = self.ema
         checkpoint["balancer"] = self.balancer.state_dict()
 

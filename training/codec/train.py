@@ -57,9 +57,11 @@ def main(argv: list[str]) -> int:
     run, shape = Path(config.run), config.network
     if config.hardware.threads:
         torch.set_num_threads(config.hardware.threads)
-    run.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        _keep_config(run, config)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"RUN={config.run!r} cannot be made: {error.strerror or error}; give another folder") from None
+    _check_config(run, config)
 
     cache = data.prepare(config.data, run / "pcm", shape, config.splits)
     train, valid = (data.open_cache(cache, split, shape) for split in ("train", "valid"))
@@ -76,7 +78,8 @@ def main(argv: list[str]) -> int:
         started = f"resuming at step {stream.first_step}"
     elif config.init:
         started = f"starting from {start_from(module, config.init)}"
-    if rank == 0:
+    if rank == 0:  # not before all else was found right: a run folder keeps to its settings
+        (run / "config.yaml").write_text(yaml.safe_dump(_plain(config), sort_keys=False))
         _print_plan(module, train, valid, started)
     _fit(module, stream, names, run, last if last.is_file() else None, launched)
     if rank == 0:
@@ -143,28 +146,29 @@ def _print_plan(module: Any, train: Any, valid: Any, started: str) -> None:
     )
 
 
-def _keep_config(run: Path, config: Any) -> None:
-    """Write the resolved settings; a run folder of other settings is refused, except for its length and hardware."""
+def _plain(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(settings.to_dict(config)))
 
+
+def _check_config(run: Path, config: Any) -> None:
+    """Refuse a run folder of other settings, except for its length and hardware."""
     from musicgen import codec as codecs
 
-    def plain(of: Any) -> dict[str, Any]:
-        return json.loads(json.dumps(settings.to_dict(of)))
-
     path = run / "config.yaml"
-    if path.is_file():
-        # A setting that did not exist when the run began has its default, which is what the run did then.
-        stored = yaml.safe_load(path.read_text())
+    if not path.is_file():
+        return
+    # A setting that did not exist when the run began has its default, which is what the run did then.
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
         network = {"network": dataclasses.asdict(codecs.CODEC_SIZES[stored["size"]])}
-        before = flat(plain(type(config)())) | flat(json.loads(json.dumps(network))) | flat(stored)
-        now = flat(plain(config))
-        kept = [k for k in now if k not in FREE and not k.startswith("hardware.")]
-        told = "; ".join(f"{k}: {before.get(k)} there, {now[k]} now" for k in kept if before.get(k) != now[k])
-        if told:
-            raise UserError(
-                f"run folder {run} was made with other settings ({told}); take another RUN or the old settings"
-            )
-    path.write_text(yaml.safe_dump(plain(config), sort_keys=False))
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        raise UserError(f"run folder {run} holds a config.yaml that is none of a codec run; take another RUN") from None
+    before = flat(_plain(type(config)())) | flat(json.loads(json.dumps(network))) | flat(stored)
+    now = flat(_plain(config))
+    kept = [k for k in now if k not in FREE and not k.startswith("hardware.")]
+    told = "; ".join(f"{k}: {before.get(k)} there, {now[k]} now" for k in kept if before.get(k) != now[k])
+    if told:
+        raise UserError(f"run folder {run} was made with other settings ({told}); take another RUN or the old settings")
 
 
 def _run_id(run: Path) -> str:
