@@ -58,7 +58,8 @@ def _finish(y, r, n, inside, scale, of_norm, of_bias, total, squares, eps, out, 
         y = y * tl.load(scale + n, mask=inside, other=0.0).to(tl.float32)
     if NORM:
         mean = total / K
-        y = (y - mean * tl.load(of_norm + n, mask=inside, other=0.0)) / tl.sqrt(squares / K - mean * mean + eps)
+        variance = tl.maximum(squares / K - mean * mean, 0.0)  # of equal inputs rounding leaves it below zero
+        y = (y - mean * tl.load(of_norm + n, mask=inside, other=0.0)) / tl.sqrt(variance + eps)
         y = y + tl.load(of_bias + n, mask=inside, other=0.0)
     y = _activate(y, KIND)
     at = out + r * N + n
@@ -137,7 +138,7 @@ def _some_rows(x, weight, scale, gain, of_norm, of_bias, eps, out, N,
         y = y * tl.load(scale + n, mask=inside, other=0.0).to(tl.float32)[:, None]
     if NORM:
         mean = tl.sum(total, 0) / K
-        deviation = tl.sqrt(tl.sum(squares, 0) / K - mean * mean + eps)
+        deviation = tl.sqrt(tl.maximum(tl.sum(squares, 0) / K - mean * mean, 0.0) + eps)
         y = (y - mean[None, :] * tl.load(of_norm + n, mask=inside, other=0.0)[:, None]) / deviation[None, :]
         y = y + tl.load(of_bias + n, mask=inside, other=0.0)[:, None]
     y = _activate(y, KIND)
@@ -232,12 +233,12 @@ def _hear(q, keys, values, seen, has_text, out, tokens, scale,
     real = d < WIDTH
     mine = row * (HEADS * WIDTH) + head * WIDTH + d
     asked = tl.load(q + mine, mask=real, other=0.0).to(tl.float32) * scale
-    top = -1e30
-    total = 0.0
+    top = tl.full([], -1e30, tl.float32)
+    total = tl.zeros([], tl.float32)
     heard = tl.zeros([PADDED], tl.float32)
-    for number in tl.static_range(STEPS):
+    for number in range(STEPS):  # unrolled, a text of thousands of tokens would compile for minutes
         token = number * STEP + tl.arange(0, STEP)
-        place = (rh * tokens + token)[:, None] * WIDTH + d[None, :]
+        place = (rh.to(tl.int64) * tokens + token)[:, None] * WIDTH + d[None, :]
         inside = (token < tokens)[:, None] & real[None, :]
         k = tl.load(keys + place, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(values + place, mask=inside, other=0.0).to(tl.float32)
@@ -294,7 +295,7 @@ def _say(logits, scales, noise, columns, column, unknown, temperature, batch, le
         guided = guided / temperature
         if TOP_K > 0:
             # The k-th largest, bit by bit from the top, among keys that order as the numbers do.
-            bits = guided.to(tl.int32, bitcast=True)
+            bits = (guided + 0.0).to(tl.int32, bitcast=True)  # as numbers the two zeros are one
             key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
             kth = tl.full([], 0, tl.int64)
             for bit in range(32):

@@ -1,8 +1,11 @@
 """The kernels of a GPU's generation step, run by Triton's interpreter: what torch's operations give."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +66,16 @@ def test_both_ways_of_a_product_at_a_large_mean() -> None:
         check(linear(x, torch.empty(2, 40), cut=kernels.Cut(64, 16, 4, units=units)), true, 1e-4)
 
 
+@pytest.mark.parametrize("units", [False, True])
+def test_a_stream_without_variance_gives_numbers(units: bool) -> None:
+    """Of equal inputs the mean square less the squared mean may come out below zero, by more than epsilon."""
+    x, weight = torch.linspace(100, 3000, 16)[:, None].repeat(1, 1000), torch.randn(8, 1000)
+    linear = kernels.Linear(weight, norm=(torch.ones(1000), torch.ones(1000), 1e-5))
+    for some in x[None] if units else x.split(2):
+        found = linear(some, torch.empty(len(some), 8), cut=kernels.Cut(64, 16, 4, units=units))
+        assert bool(found.isfinite().all())
+
+
 @pytest.mark.parametrize("reach", [64, 128, 256])
 @pytest.mark.parametrize("hides", [False, True])
 def test_attention_reads_to_the_position_and_writes_it(reach: int, hides: bool) -> None:
@@ -98,6 +111,27 @@ def test_cross_attention_is_zero_without_text(tokens: int) -> None:
     assert not bool(found[2].any())
 
 
+def test_a_long_text_compiles_in_a_loop(tmp_path: Any) -> None:
+    """T5's texts have no limit; 4096 tokens unrolled took Triton minutes. A compiler of its own, without a GPU."""
+    words = """
+import triton
+from triton.backends.compiler import GPUTarget
+from musicgen import kernels
+pointers = dict.fromkeys(("q", "keys", "values", "has_text", "out"), "*bf16")
+types = {**pointers, "seen": "*i1", "tokens": "i32", "scale": "fp32"}
+sizes = dict(HEADS=16, WIDTH=64, PADDED=64, STEP=64, STEPS=64, OVERLAP=True)
+names = kernels._hear.arg_names
+source = triton.compiler.ASTSource(
+    kernels._hear, {n: types.get(n, "constexpr") for n in names}, {(names.index(n),): v for n, v in sizes.items()}
+)
+made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+assert "scf.for" in made.asm["ttir"] and "griddepcontrol.wait" in made.asm["ptx"]
+"""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    subprocess.run([sys.executable, "-c", words], env=env, check=True, timeout=120)
+
+
 @pytest.mark.parametrize("shift", [None, torch.tensor([[0], [-2], [-3]])])
 def test_embeddings(shift: torch.Tensor | None) -> None:
     tokens, tables, positions = torch.randint(0, 65, (3, 4)), torch.randn(4 * 65, 48), torch.randn(32, 48)
@@ -124,6 +158,17 @@ def test_draws_are_those_of_torch(branches: int, top_k: int, temperature: float)
         logits, scales, noise if temperature else None, columns, column, -1, top_k=top_k, temperature=temperature
     )
     assert torch.equal(columns, true)
+
+
+def test_the_two_zeros_are_one_in_the_draw() -> None:
+    """The likeliest one is +0 and a -0 ties with it, so both may be drawn."""
+    logits, noise = torch.full((1, 1, 16), -1.0), torch.zeros(1, 32, 1, 16)
+    logits[0, 0, 3], logits[0, 0, 9] = 0.0, -0.0
+    noise[..., 9] = 1.0
+    columns = torch.full((1, 1, 3), -1)
+    kernels.say(logits, torch.ones(1, 3), noise, columns, torch.tensor([0]), -1, top_k=1, temperature=1.0)
+    drawn = sampling.draw(logits, noise[:, 0], SamplingConfig(top_k=1))
+    assert int(columns[0, 0, 1]) == int(drawn) == 9
 
 
 TINY = LMConfig(
