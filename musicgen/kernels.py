@@ -18,7 +18,7 @@ Triton's interpreter (TRITON_INTERPRET=1), which is how the tests run them. Sour
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_ROWS = 16  # of a batch, branches of the guidance included, whose products are kernels here
+LEAST_TILE = 64  # inputs that a product takes at a time, at least
 STEP = 64  # cache entries that a program of attention reads at a time
 ACTIVATIONS = {"": 0, "gelu": 1, "relu": 2}
 
@@ -366,6 +367,7 @@ class Linear:
     ) -> None:
         self.weight, self.scale, self.norm = weight, scale, norm
         self.activation = activation
+        self.cuts: dict[int, Cut] = {}  # that fit this GPU, by rows
         self.gain = self.of_norm = self.of_bias = None
         if norm is not None:
             wide = weight.float() if scale is None else weight.float() * scale.float()[:, None]
@@ -373,19 +375,38 @@ class Linear:
             self.of_norm, self.of_bias = wide @ self.gain, wide @ bias
 
     def __call__(self, x: Tensor, out: Tensor, *, add: bool = False, cut: Cut | None = None) -> Tensor:
-        """The product of `x` into `out`, or added to it; returns `out`."""
+        """The product of `x` into `out`, or added to it; returns what holds it, beyond `MAX_ROWS` rows perhaps another.
+
+        Without a cut it takes `cut_of`'s, in smaller tiles where the GPU has less shared memory than that asks for.
+        """
         rows, (outputs, inputs) = x.shape[0], self.weight.shape
         if rows > MAX_ROWS:
             return self._by_torch(x, out, add)
-        cut = cut or cut_of(rows, inputs, outputs, norm=self.norm is not None, wide=self.weight.element_size() > 2)
+        if cut is not None:
+            self._launch(x, out, add, cut)
+            return out
+        wide = self.weight.element_size() > 2
+        cut = self.cuts.get(rows) or cut_of(rows, inputs, outputs, norm=self.norm is not None, wide=wide)
+        while True:
+            try:
+                self._launch(x, out, add, cut)
+            except triton.OutOfResources:  # said before anything runs
+                if cut.tile <= LEAST_TILE:
+                    raise
+                cut = replace(cut, tile=cut.tile // 2)
+            else:
+                self.cuts[rows] = cut
+                return out
+
+    def _launch(self, x: Tensor, out: Tensor, add: bool, cut: Cut) -> None:
+        outputs, inputs = self.weight.shape
         kernel = _some_rows if cut.units else _few_rows
         kernel[(triton.cdiv(outputs, cut.block),)](
             x, self.weight, self.scale, self.gain, self.of_norm, self.of_bias, self.norm[2] if self.norm else 0.0, out,
-            outputs, K=inputs, TILE=cut.tile, BLOCK=cut.block, ROWS=rows, NORM=self.norm is not None,
+            outputs, K=inputs, TILE=cut.tile, BLOCK=cut.block, ROWS=x.shape[0], NORM=self.norm is not None,
             SCALED=self.scale is not None, KIND=ACTIVATIONS[self.activation], ADD=add, **launch(x.device),
             num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
-        return out
 
     def _by_torch(self, x: Tensor, out: Tensor, add: bool) -> Tensor:
         if self.norm is not None:
@@ -399,7 +420,10 @@ class Linear:
             y = y * self.scale.to(y.dtype)
         if self.activation:
             y = F.gelu(y) if self.activation == "gelu" else F.relu(y)
-        return out.add_(y) if add else out.copy_(y)
+        if add:
+            return out.add_(y)
+        # Not copied where the type is right: in a graph that is no kernel, behind which the next could start early.
+        return y if y.dtype == out.dtype else out.copy_(y)
 
 
 def reach_of(pairs: int, capacity: int) -> int:

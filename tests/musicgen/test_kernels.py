@@ -76,6 +76,60 @@ def test_a_stream_without_variance_gives_numbers(units: bool) -> None:
         assert bool(found.isfinite().all())
 
 
+class _LittleMemory:
+    """A kernel on a GPU with less shared memory than it asks for."""
+
+    def __init__(self, kernel: Any, most: int) -> None:
+        self.kernel, self.most, self.asked = kernel, most, list[int]()
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*given: Any, TILE: int, **options: Any) -> None:
+            self.asked.append(TILE)
+            if self.most < TILE:
+                raise kernels.triton.OutOfResources(160_000, 101_376, "shared memory")
+            self.kernel[grid](*given, TILE=TILE, **options)
+
+        return launch
+
+
+def test_products_are_cut_as_the_gpu_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Consumer cards have 99 KB of shared memory where a product is cut for twice that; it is asked for once only."""
+    little = _LittleMemory(kernels._some_rows, 128)
+    monkeypatch.setattr(kernels, "_some_rows", little)
+    x, weight = torch.randn(4, 300), torch.randn(40, 300)
+    linear = kernels.Linear(weight)
+    for _ in range(2):
+        check(linear(x, torch.empty(4, 40)), x @ weight.T, 1e-5)
+    assert little.asked == [128, 128]  # float32
+    linear, little.most, little.asked = kernels.Linear(weight.half()), 64, []
+    for _ in range(2):
+        check(linear(x.half(), torch.empty(4, 40).half()), x @ weight.T, 2e-3)
+    assert little.asked == [256, 128, 64, 64]
+    little.most = 32
+    with pytest.raises(kernels.triton.OutOfResources):
+        kernels.Linear(weight)(x, torch.empty(4, 40))
+    with pytest.raises(kernels.triton.OutOfResources):  # a cut that was given is taken as it is
+        linear(x, torch.empty(4, 40), cut=kernels.Cut(64, 16, 4, units=True))
+
+
+def test_nothing_is_copied_behind_a_product_of_many_rows() -> None:
+    """A copy is no kernel: in a graph the next kernel could not start beside it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(operation)
+            return operation(*args, **(kwargs or {}))
+
+    asked: list[Any] = []
+    small, scale = torch.randint(-127, 128, (8, 16), dtype=torch.int8), torch.rand(8)
+    x = torch.randn(17, 16)
+    with Operations():
+        found = kernels.Linear(small, scale, activation="relu")(x, torch.empty(17, 8))
+    check(found, (x @ (small.float() * scale[:, None]).T).relu(), 1e-5)
+    assert torch.ops.aten.copy_.default not in asked
+
+
 @pytest.mark.parametrize("reach", [64, 128, 256])
 @pytest.mark.parametrize("hides", [False, True])
 def test_attention_reads_to_the_position_and_writes_it(reach: int, hides: bool) -> None:
