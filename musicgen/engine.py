@@ -173,7 +173,7 @@ class Engine:
         # The heads decide between codes and are 2 % of the bytes: they stay at 16 bits where the rest has 8.
         sixteen: Precision = "float16" if self.device.type == "cpu" else "bf16"
         self.heads = pack(self.head_weight, sixteen if precision == "int8" else precision)
-        self.fused = fused.FusedStep(self, list(blocks)) if fused.runs_kernels(self.device) else None
+        self.fused = fused.step_of(self, list(blocks))
 
     @torch.no_grad()
     def start(self, conditions: Conditions, columns: int) -> Cache:
@@ -206,7 +206,9 @@ class Engine:
         if conditions.style is not None:
             cache.style = [layer.modulations(conditions.style, self.dtype) for layer in self.layers]
         if self.fused is not None and conditions.style is None:
-            cache.room = fused.Room(self, cache)
+            cache.room = fused.room_for(self, cache)
+            if cache.room is None:  # said once, not again for every clip
+                self.fused = None
         return cache
 
     def _prefix_length(self, conditions: Conditions) -> int:

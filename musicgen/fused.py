@@ -1,13 +1,16 @@
 """The step of `musicgen.engine` out of `musicgen.kernels`: eight launches per layer, no masks, one graph.
 
-Used where a GPU and Triton are there and no style modulates the blocks; everything else takes torch's operations.
-Weights are the engine's own tensors, caches are `engine.Cache`.
+Used where an NVIDIA GPU and Triton are there and no style modulates the blocks; everything else takes torch's
+operations, and so does a GPU on which a kernel turns out not to run. Weights are the engine's own tensors, caches are
+`engine.Cache`.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,10 +21,47 @@ if TYPE_CHECKING:
     from musicgen.engine import Cache, Engine
     from musicgen.transformer import Block
 
+T = TypeVar("T")
+
 
 def runs_kernels(device: torch.device) -> bool:
-    """Whether Triton's kernels run there."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    """Whether Triton's kernels should run there; AMD's GPUs are called `cuda` too and know no such launches."""
+    return device.type == "cuda" and torch.version.hip is None and importlib.util.find_spec("triton") is not None
+
+
+def step_of(engine: Engine, blocks: list[Block]) -> FusedStep | None:
+    """The layers of an engine as kernels, where they run."""
+    return _tried(lambda: FusedStep(engine, blocks)) if runs_kernels(engine.device) else None
+
+
+def room_for(engine: Engine, cache: Cache) -> Room | None:
+    """Room for the steps of a cache that nothing was fed to, once a first one has run in it; None where none runs.
+
+    It may fail by what no one asked before: a GPU with less shared memory, no C compiler for Triton, another Triton.
+    That step writes entry 0, which the first one fed replaces.
+    """
+
+    def run() -> Room:
+        assert engine.fused is not None
+        room = Room(engine, cache)
+        tokens = torch.zeros((len(room.x), engine.config.num_codebooks), dtype=torch.long, device=engine.device)
+        engine.fused(tokens, cache, room)
+        return room
+
+    return _tried(run)
+
+
+def _tried(make: Callable[[], T]) -> T | None:
+    """What `make` gives; None, and a word to the user, where it fails for another reason than memory."""
+    try:
+        return make()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of Triton, its compilers and the driver, each with kinds of its own
+        first = (str(error).strip().splitlines() or [""])[0][:200]
+        told = f"{type(error).__name__}: {first}"
+        print(f"warning: Triton's kernels don't run here ({told}); torch's take longer", file=sys.stderr)
+        return None
 
 
 class _Layer:
@@ -79,6 +119,10 @@ class FusedStep:
 
     def __call__(self, tokens: Tensor, cache: Cache, room: Room) -> Tensor:
         """Logits `[R, K V]` float32 of the column after `tokens` `[R, K]`; the cache's position is the caller's."""
+        with torch.cuda.device_of(tokens):  # Triton launches on the current one
+            return self._run(tokens, cache, room)
+
+    def _run(self, tokens: Tensor, cache: Cache, room: Room) -> Tensor:
         from musicgen import kernels
 
         x = kernels.embed(tokens, self.tables, cache.table, cache.at, cache.shift, room.x)

@@ -13,6 +13,7 @@ its many small operations cost the same for one column as for thirty-two.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,12 @@ _NOISE_COLUMNS = 32
 def bucket(size: int) -> int:
     """The padded batch size: a power of two, beyond 32 a multiple of 32. Within one an item's tokens are the same."""
     return 1 << (size - 1).bit_length() if size <= 32 else -(-size // 32) * 32
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs of a device are captured; torch's own is of the device on which the process captured first."""
+    return torch.cuda.Stream(device)
 
 
 class Sampler:
@@ -165,10 +172,11 @@ class Sampler:
             from musicgen import kernels
 
             noise = self.noise if self.draws else None
-            kernels.say(
-                logits, self.scales, noise, self.columns, self.column, UNKNOWN,
-                top_k=self.config.top_k, temperature=self.config.temperature,
-            )  # fmt: skip
+            with torch.cuda.device_of(logits):
+                kernels.say(
+                    logits, self.scales, noise, self.columns, self.column, UNKNOWN,
+                    top_k=self.config.top_k, temperature=self.config.temperature,
+                )  # fmt: skip
             self.column += 1
             return
         if self.branches > 1:
@@ -190,8 +198,9 @@ class Sampler:
         elif self.capture and span in self.warm:
             graph = torch.cuda.CUDAGraph()
             self.pool = self.pool or torch.cuda.graph_pool_handle()  # the graphs run one at a time: one memory pool
+            stream = _capture_stream(self.columns.device)
             # Other threads (a loader, a logger) may talk to the device meanwhile.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                 self._step(span)
             self.graphs[span] = graph
             graph.replay()

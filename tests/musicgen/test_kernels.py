@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -293,3 +294,64 @@ def test_a_style_keeps_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, styled = Conditions(torch.randn(2, 6, 20), mask), Conditions(torch.randn(2, 6, 20), mask)
     styled = replace(styled, style=torch.randn(2, 8))
     assert engine.start(plain, 8).room is not None and engine.start(styled, 8).room is None
+
+
+@pytest.mark.parametrize("fails", ["_few_rows", "_embed", "ACTIVATIONS"])
+def test_where_a_kernel_does_not_run_torch_goes_on(
+    fails: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No C compiler, a Triton that knows other launches, too little shared memory: said in one line, once."""
+    lm, config = MusicLM(TINY).eval(), SamplingConfig(top_k=5)
+    monkeypatch.setattr(fused, "runs_kernels", lambda _: False)
+    true = window_of(lm, "float32", 1, config)
+    monkeypatch.setattr(fused, "runs_kernels", lambda _: True)
+    monkeypatch.delattr(kernels, fails)
+    engine = Engine(lm)
+    conditions = Conditions(torch.randn(1, 6, 20), torch.ones(1, 6).bool())
+    assert engine.start(conditions, 8).room is None and engine.start(conditions, 8).room is None
+    words = capsys.readouterr().err
+    assert words.count("\n") == 1 and words.startswith("warning: Triton's kernels don't run here (NameError: ")
+    assert torch.equal(window_of(lm, "float32", 1, config), true)
+
+
+def test_a_full_memory_is_no_reason_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(fused, "runs_kernels", lambda _: True)
+    monkeypatch.setattr(fused, "Room", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Engine(MusicLM(TINY).eval()).start(Conditions(torch.randn(1, 6, 20), torch.ones(1, 6).bool()), 8)
+
+
+def test_amd_keeps_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert fused.runs_kernels(torch.device("cuda")) and not fused.runs_kernels(CPU)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not fused.runs_kernels(torch.device("cuda"))
+
+
+def test_kernels_run_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which need not be the model's (`--device cuda:1`)."""
+    inside: list[bool] = []
+
+    @contextmanager
+    def device_of(_: torch.Tensor) -> Iterator[None]:
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def checked(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **options: Any) -> Any:
+            ran.append(bool(inside))
+            return kernel(*given, **options)
+
+        return run
+
+    ran: list[bool] = []
+    monkeypatch.setattr(fused, "runs_kernels", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in ("embed", "attend", "hear", "say"):
+        monkeypatch.setattr(kernels, name, checked(getattr(kernels, name)))
+    window_of(MusicLM(TINY).eval(), "float32", 1, SamplingConfig(top_k=5), frames=2)
+    assert len(ran) > 8 and all(ran)
