@@ -155,7 +155,7 @@ def _cache(config: CodecEvalConfig, codec: codecs.Codec) -> Path:
 
 def rows(codec: codecs.Codec, result: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table, in words."""
-    head = ["system", "kbit/s", "log-mel distance", "× Opus 6k", "multi-scale mel", "SI-SDR, dB", "chroma agreement"]
+    head = ["system", "kbit/s", "log-mel", "× Opus 6k", "mel", "SI-SDR, dB", "chroma"]
     base = result.get("opus 6 kbit/s", {}).get("log_mel", float("nan"))
     return head, [
         [

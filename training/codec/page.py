@@ -39,7 +39,8 @@ def build(config: CodecEvalConfig, codec: codecs.Codec, valid: data.Pcm, report:
     rate = report["systems"][codec.name]["bits_per_second"] / 1000
     lead = f"{len(valid.track_ids)} held-out tracks through the codec at {rate:.2f} kbit/s and through Opus."
     about = (
-        "Lower is better for the distances, higher for SI-SDR and chroma agreement. SI-SDR compares waveforms, which a "
+        "Log-mel and mel (multi-scale) are distances, lower is better; SI-SDR and chroma (agreement of pitch classes) "
+        "are better higher. Stereo is mixed to mono before it is measured. SI-SDR compares waveforms, which a "
         "codec of few bits does not keep; the ear goes by the spectra. Opus works at a variable rate: its bits are "
         "those of its packets."
     )
