@@ -87,8 +87,8 @@ class CodecModule(pl.LightningModule):
         decoded = self.network.decoder(latents)[..., : batch.shape[-1]].float()
         gradient, weights = self._gradient(batch, decoded.detach(), step)
         self._check_finite(commitment, gradient, step)
-        # The scalar whose gradient at the decoder's output is `gradient`. A balanced one has a norm per item, so it is a
-        # sum over the batch, of which DDP takes the mean over ranks; commitment is a mean everywhere.
+        # The scalar whose gradient at the decoder's output is `gradient`. A balanced one has a norm per item, so it is
+        # a sum over the batch, of which DDP takes the mean over ranks; commitment is a mean everywhere.
         ranks = self.trainer.world_size if weights.balance else 1
         self._update(0, ranks * (decoded * gradient).sum() + weights.commitment * commitment, self.network)
         self._advance_ema(step + 1)
