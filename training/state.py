@@ -261,7 +261,7 @@ def load(folder: Path, step: int, model: nn.Module, ema: EMA, optimizer: torch.o
             raise _damaged(place, OSError(f"{name} has {there} bytes, {size} were written"))
     try:
         targets = _named(model, ema)
-        moments = _moment_targets(model, document["optimizer"]["moments"]) if optimizer is not None else {}
+        moments = _moment_targets(model, document["optimizer"]) if optimizer is not None else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             reader = dcp.HuggingFaceStorageReader(str(place))
@@ -280,20 +280,17 @@ def _damaged(place: Path, error: BaseException) -> UserError:
     )
 
 
-def _moment_targets(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+def _moment_targets(model: nn.Module, stored: Any) -> dict[str, Tensor]:
     """Tensors to read moments into: shaped and spread like their parameters (flat where Prodigy keeps them so)."""
     parameters = dict(model.named_parameters())
+    # Only Prodigy keeps the starting point p0: flat as its s is, or one number where the weights started from zero.
+    starts = {name for name in (*stored["moments"], *stored["numbers"]) if name.endswith("/p0")}
     targets = {}
-    for name in names:
-        parameter = parameters[name.removeprefix("optimizer/").rsplit("/", 1)[0]].detach()
-        like = torch.zeros_like(parameter)
-        targets[name] = like.flatten() if name.rsplit("/", 1)[1] in ("s", "p0") and _is_flat(name, names) else like
+    for name in stored["moments"]:
+        owner, key = name.rsplit("/", 1)
+        like = torch.zeros_like(parameters[owner.removeprefix("optimizer/")].detach())
+        targets[name] = like.flatten() if key in ("s", "p0") and f"{owner}/p0" in starts else like
     return targets
-
-
-def _is_flat(name: str, names: list[str]) -> bool:
-    # Only Prodigy keeps the starting point p0, and flat.
-    return f"{name.rsplit('/', 1)[0]}/p0" in names
 
 
 def _restore(optimizer: torch.optim.Optimizer, model: nn.Module, moments: dict[str, Tensor], stored: Any) -> None:

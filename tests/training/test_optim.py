@@ -100,6 +100,8 @@ def test_adaptive_optimisers_find_a_rate_and_continue_to_the_bit(tmp_path: Path,
 
     def made() -> tuple[torch.nn.Module, torch.optim.Optimizer, EMA]:
         model, _, ema = fresh()
+        with torch.no_grad():
+            next(model.parameters()).zero_()  # as an adapter's and a style's weights start
         return model, optim.build_optimizer(model.parameters(), OptimConfig(name=name, lr=1.0)), ema
 
     one, opt_one, ema_one = made()

@@ -152,6 +152,17 @@ def test_killed_at_any_step_and_resumed_equals_all_at_once(data: Path, tmp_path:
     assert metrics(run) == metrics(one)
 
 
+def test_killed_and_resumed_equals_all_at_once(whole: Path, data: Path, tmp_path: Path) -> None:
+    """The same with one kill, somewhere, beside every other test; the slow one has more of them, and bf16."""
+    run = tmp_path / "killed"
+    command = [sys.executable, "-m", "training.train", "--size", "demo", "--data", str(data), "--run", str(run)]
+    options = ["--log.state_every", "4", "--batch.workers", "2"]
+    assert tiny_run.killed([*command, *SMALL, *options], run, [random.Random(time.time_ns()).choice(range(5, 38))])
+    go(data, run, *options)
+    same(tensors(whole, 40), tensors(run, 40))
+    assert metrics(run) == metrics(whole)
+
+
 def test_a_signal_saves_and_asks_to_be_run_again(whole: Path, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "asked"
 
