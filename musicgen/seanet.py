@@ -391,15 +391,29 @@ def _exact(device: torch.device) -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
     kinds: Any = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
     precisions, ways = [kind.fp32_precision for kind in kinds], (cudnn.enabled, cudnn.benchmark, cudnn.deterministic)
+    legacy = _legacy_precision()
     try:
+        if legacy != "highest":  # torch refuses to multiply while its two interfaces disagree
+            torch.set_float32_matmul_precision("highest")
         for kind in kinds:
             kind.fp32_precision = "ieee"
         cudnn.enabled, cudnn.benchmark, cudnn.deterministic = True, False, True
         yield
     finally:
         cudnn.enabled, cudnn.benchmark, cudnn.deterministic = ways
+        if legacy != "highest":
+            torch.set_float32_matmul_precision(legacy)
         for kind, precision in zip(kinds, precisions):
             kind.fp32_precision = precision
+
+
+def _legacy_precision() -> str:
+    """What `torch.set_float32_matmul_precision` was given; torch only tells while the other interface agrees, and when
+    it doesn't the other was used and this one left alone."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "highest"
 
 
 def _argmax(scores: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """The fast step: the logits of the whole forward pass, on both of its ways and at every precision."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
-from musicgen import packing
+from musicgen import packing, seanet
 from musicgen.conditions import Conditions
 from musicgen.config import ConditionConfig, LMConfig
 from musicgen.engine import Engine
@@ -137,3 +138,17 @@ def test_bytes_of_a_step() -> None:
     weights = 4 * (24 * 14 * 1024**2 + 4 * 2048 * 1024)
     assert engine.step_bytes(rows=2, position=0, text=0) == weights
     assert engine.step_bytes(rows=2, position=100) - weights == 2 * 2 * 24 * 1024 * 132 * 4
+
+
+@pytest.mark.parametrize("asked", ["highest", "high", "medium"])
+def test_a_codec_on_a_gpu_multiplies_whatever_was_asked_of_the_others(asked: str) -> None:
+    """Of torch's two interfaces, set apart, every product of a GPU raises; asked here as a product asks."""
+    before = torch.get_float32_matmul_precision()
+    rounds: Callable[[], bool] = torch._C._get_cublas_allow_tf32
+    try:
+        torch.set_float32_matmul_precision(asked)
+        with seanet._exact(torch.device("cuda")):
+            assert not rounds()
+        assert torch.get_float32_matmul_precision() == asked and rounds() == (asked != "highest")
+    finally:
+        torch.set_float32_matmul_precision(before)
