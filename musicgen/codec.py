@@ -146,7 +146,7 @@ def _model_type(folder: Path) -> str | None:
     """What config.json says that the folder holds; None where it cannot be read."""
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return about.get("model_type") if isinstance(about, dict) else None
 
@@ -320,7 +320,7 @@ def load_network(source: str | Path) -> EncodecModel:
             raise UserError(f"CODEC {name!r} has no config.json and model.safetensors; give the folder of a codec")
         try:
             kind = json.loads((folder / "config.json").read_text()).get("model_type")
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"CODEC {name!r}: its config.json cannot be read ({str(error).splitlines()[0]})") from None
         if kind != "encodec":
             raise UserError(f"CODEC {name!r} holds a model of type {kind!r}; an EnCodec folder is needed")

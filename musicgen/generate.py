@@ -169,6 +169,8 @@ def main(argv: Sequence[str]) -> int:
     if prompt == "":
         raise UserError(EMPTY_PROMPT)
     check_duration(config.duration)
+    if config.device == "meta":
+        raise UserError("device 'meta' holds no numbers; give cpu or auto")
     _check_out(config.out, config.stream)
     model = load(config.model, config.codec, config.device, config.precision, config.base)
     request, told = _request(model, prompt, config)

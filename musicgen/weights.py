@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -121,7 +122,7 @@ def _check_replaceable(target: Path) -> None:
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
             return
         about = json.loads((target / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         about = None
     kind = about.get("format", about.get("model_type")) if isinstance(about, dict) else None
     if kind not in (FORMAT, ADAPTER, "encodec"):
@@ -191,9 +192,11 @@ def read_info(model: str | os.PathLike[str]) -> dict[str, Any]:
         raw = files.read_bytes(files.join(folder, CONFIG))
     except (FileNotFoundError, NotADirectoryError):
         raise _missing(name, folder, CONFIG) from None
+    except OSError as error:
+        raise UserError(f"MODEL={name!r}: {CONFIG} cannot be read: {error.strerror or error}") from None
     try:
         info = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"MODEL={name!r}: {CONFIG} is not JSON ({error}); write the release again") from None
     if not isinstance(info, dict) or info.get("format") not in (FORMAT, ADAPTER):
         kind = info.get("model_type") or info.get("format") if isinstance(info, dict) else None
@@ -207,7 +210,29 @@ def read_info(model: str | os.PathLike[str]) -> dict[str, Any]:
             f"MODEL={name!r} has release schema {info.get('schema_version')!r}, this program reads "
             f"{config.SCHEMA_VERSION}; use the program version that wrote it ({info.get('made_by', 'not recorded')})"
         )
+    _check_parts(name, info)
     return info
+
+
+def _check_parts(name: str, info: dict[str, Any]) -> None:
+    """Raises `UserError` where what every reader of a release takes for granted is missing or of another kind."""
+    problems = []
+    for part in ("codec", "text_encoder"):
+        about = info.get(part)
+        if not isinstance(about, dict) or not all(isinstance(about.get(k), str) for k in ("name", "identity")):
+            problems.append(f"{part} must have a name and an identity")
+    training, inherits = info.get("training", {}), info.get("inherited", [])
+    seconds: Any = training.get("crop_seconds") if isinstance(training, dict) else "?"
+    if not (seconds is None or (type(seconds) in (int, float) and 0 < seconds < math.inf)):
+        problems.append("training must be a mapping, its crop_seconds a length")
+    if not isinstance(info.get("weights", {}), dict):
+        problems.append("weights must be a mapping")
+    if not (
+        isinstance(inherits, list) and all(isinstance(i, dict) and {"model", "licence"} <= i.keys() for i in inherits)
+    ):
+        problems.append("inherited must list a model and a licence each")
+    if problems:
+        raise UserError(f"MODEL={name!r}: {CONFIG} is damaged: {'; '.join(problems)}; copy or write the release again")
 
 
 def load_release(folder: str | os.PathLike[str], base: str = "", *, quiet: bool = False) -> tuple[Any, dict[str, Any]]:
@@ -242,6 +267,8 @@ def load_release(folder: str | os.PathLike[str], base: str = "", *, quiet: bool 
         raw = files.read_bytes(files.join(place, WEIGHTS))
     except FileNotFoundError:
         raise _missing(name, place, WEIGHTS) from None
+    except OSError as error:
+        raise UserError(f"MODEL={name!r}: {WEIGHTS} cannot be read: {error.strerror or error}") from None
     recorded = info.get("weights", {}).get("sha256")
     if hashlib.sha256(raw).hexdigest() != recorded:
         raise UserError(

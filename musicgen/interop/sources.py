@@ -42,7 +42,7 @@ def kind_of(name: str) -> str | None:
 def _model_type(folder: Path) -> str | None:
     try:
         tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return tree.get("model_type") if isinstance(tree, dict) else None
 
@@ -71,7 +71,7 @@ def fetch(name: str) -> Path:
         folder = snapshot(local=True)
         if whole(folder):
             return folder
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         pass
     try:
         conditioning._reach_hub()

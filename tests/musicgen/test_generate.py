@@ -227,6 +227,7 @@ def test_command_same_seed_same_bytes_and_marking(release: Path, tmp_path: Path)
         (["--prompt", "x", "--sampling.topk", "4"], "did you mean 'sampling.top_k'"),
         (["--prompt", "x", "--out", "song.mp3"], "must end in .wav"),
         (["--prompt", "x", "--device", "cuda:9"], "device 'cuda:9' cannot be used"),
+        (["--prompt", "x", "--device", "meta"], "device 'meta' holds no numbers"),
         ([], "PROMPT is empty"),
     ],
 )

@@ -60,6 +60,42 @@ def test_float16_is_half_the_size_and_upcast_at_load(lm: MusicLM, tmp_path: Path
         assert torch.equal(state[name], tensor.half().float())
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [
+        ("codec", None, "codec must have a name"),
+        ("text_encoder", [], "text_encoder must have a name"),
+        ("codec", {"name": None, "identity": "x"}, "codec must have a name"),
+        ("training", None, "training must be a mapping"),
+        ("training", {"crop_seconds": "long"}, "its crop_seconds a length"),
+        ("training", {"crop_seconds": float("nan")}, "its crop_seconds a length"),
+        ("training", {"crop_seconds": -5}, "its crop_seconds a length"),
+        ("weights", "x", "weights must be a mapping"),
+        ("inherited", [{}], "inherited must list"),
+    ],
+)
+def test_a_damaged_description_is_named(part: str, value: object, words: str, lm: MusicLM, tmp_path: Path) -> None:
+    folder = weights.save_release(tmp_path / "release", lm, INFO)
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**about, part: value}))
+    with pytest.raises(UserError, match=f"config.json is damaged: .*{words}"):
+        weights.load_release(folder)
+
+
+def test_folders_in_the_place_of_files(lm: MusicLM, tmp_path: Path) -> None:
+    for name in ("model.safetensors", "config.json"):
+        folder = weights.save_release(tmp_path / "release", lm, INFO)
+        (folder / name).unlink()
+        (folder / name).mkdir()
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            weights.load_release(folder)
+        (folder / name).rmdir()
+        (folder / "config.json").write_text('{"format": "musicgen-release"}')
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+        weights.load_release(folder)
+
+
 def test_what_is_no_release_is_not_replaced(lm: MusicLM, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert weights.save_release(tmp_path / "empty", lm, INFO).is_dir()
