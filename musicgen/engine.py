@@ -177,14 +177,9 @@ class Engine:
 
     @torch.no_grad()
     def start(self, conditions: Conditions, columns: int) -> Cache:
-        """A cache for rows with these conditions and so many columns at most; `listen` makes it ready.
-
-        On a GPU its capacity is rounded up to whole spans.
-        """
+        """A cache for rows with these conditions and so many columns at most; `listen` makes it ready."""
         rows, dim = conditions.text_mask.shape[0], self.config.dim
-        capacity = columns + self._prefix_length(conditions)
-        if self.device.type != "cpu":
-            capacity = -(-capacity // SPAN) * SPAN
+        capacity = self.capacity(columns + self._prefix_length(conditions))
         shape = (rows, self.config.num_heads, capacity, dim // self.config.num_heads)
 
         def buffers() -> list[Tensor]:
@@ -210,6 +205,10 @@ class Engine:
             if cache.room is None:  # said once, not again for every clip
                 self.fused = None
         return cache
+
+    def capacity(self, entries: int) -> int:
+        """Entries of a cache that has room for so many: on a GPU whole spans."""
+        return entries if self.device.type == "cpu" else -(-entries // SPAN) * SPAN
 
     def _prefix_length(self, conditions: Conditions) -> int:
         melody = self.config.condition.chroma_frames if self.config.condition.melody else 0

@@ -61,8 +61,11 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def cache_bytes(engine: Engine, rows: int, columns: int) -> int:
-    """Self-attention keys and values of `rows` over `columns`."""
-    return 2 * rows * engine.config.num_layers * engine.config.dim * columns * (torch.finfo(engine.dtype).bits // 8)
+    """Self-attention keys and values of `rows` in a cache for `columns`, after the melody where the model hears one."""
+    config = engine.config
+    melody = config.condition.chroma_frames if config.condition.melody else 0
+    entries = engine.capacity(melody + columns)
+    return 2 * rows * config.num_layers * config.dim * entries * (torch.finfo(engine.dtype).bits // 8)
 
 
 def engine_bytes(engine: Engine, load: Load) -> int:

@@ -11,7 +11,7 @@ from transformers import EncodecConfig, EncodecModel
 from musicgen import codec as codecs
 from musicgen import generate, listen, memory, sampler
 from musicgen.conditions import Conditions
-from musicgen.config import LMConfig
+from musicgen.config import ConditionConfig, LMConfig
 from musicgen.engine import Engine
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
@@ -144,6 +144,18 @@ def test_memory_does_not_grow_with_the_clip(model: generate.MusicGen, monkeypatc
     codes(model, 0.5)
     codes(model, 2.0)
     assert capacities == [24, 24]
+
+
+@pytest.mark.parametrize("melody", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # a device without storage rounds as a GPU does
+def test_a_cache_takes_the_memory_that_was_counted(melody: bool, device: str) -> None:
+    """The melody before the columns, and on a GPU the rest of a span."""
+    condition = ConditionConfig("minilm", 20, melody=melody, chroma_frames=235)
+    with torch.device(device):
+        lm = MusicLM(LMConfig(dim=16, num_layers=2, num_heads=2, codebook_size=16, condition=condition))
+        engine, conditions = Engine(lm), Conditions(torch.zeros(3, 4, 20), torch.zeros(3, 4, dtype=torch.bool))
+    cache = engine.start(conditions, 30)
+    assert memory.cache_bytes(engine, 3, 30) == sum(part.nbytes for part in [*cache.keys, *cache.values])
 
 
 @pytest.mark.parametrize("seconds", [0.3, 0.9])
