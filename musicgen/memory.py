@@ -14,7 +14,7 @@ import torch
 
 from musicgen import patterns
 from musicgen.codec import Codec
-from musicgen.engine import SPAN, Engine
+from musicgen.engine import Engine
 from musicgen.errors import UserError
 from musicgen.sampler import _NOISE_COLUMNS, bucket
 from musicgen.windows import Windows
@@ -60,12 +60,9 @@ def free_bytes(device: torch.device) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
-def cache_bytes(engine: Engine, rows: int, columns: int) -> int:
-    """Self-attention keys and values of `rows` in a cache for `columns`, after the melody where the model hears one."""
-    config = engine.config
-    melody = config.condition.chroma_frames if config.condition.melody else 0
-    entries = engine.capacity(melody + columns)
-    return 2 * rows * config.num_layers * config.dim * entries * (torch.finfo(engine.dtype).bits // 8)
+def cache_bytes(engine: Engine, rows: int, entries: int) -> int:
+    """Keys and values of `rows` over `entries`, in all layers."""
+    return 2 * rows * engine.config.num_layers * engine.config.dim * entries * (torch.finfo(engine.dtype).bits // 8)
 
 
 def engine_bytes(engine: Engine, load: Load) -> int:
@@ -77,9 +74,7 @@ def engine_bytes(engine: Engine, load: Load) -> int:
     heard = load.text + len(lm.condition.attributes)
     prefix = (lm.condition.chroma_frames if lm.condition.melody else 0) + (0 if lm.cross_attention else heard)
     columns = _columns(engine, longest + windows.margin)
-    capacity = columns + prefix
-    if engine.device.type != "cpu":
-        capacity = -(-capacity // SPAN) * SPAN
+    capacity = engine.capacity(columns + prefix)
     known = max(load.given, windows.window - windows.stride if windows.total > windows.window else 0)
     fed = max(prefix, _columns(engine, min(known, longest)) if known else 1)
     codes = lm.num_codebooks * lm.codebook_size
