@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,7 +148,9 @@ def main(argv: Sequence[str]) -> int:
             "bench-codec, or try the code with --device cpu --tiny true"
         )
     if len(wanted) == 1:
+        began = time.perf_counter()
         found = {wanted[0]: SECTIONS[wanted[0]](config)}
+        found[wanted[0]]["section_seconds"] = time.perf_counter() - began
     else:
         found = {name: _apart(name, config) for name in wanted}
     name = torch.cuda.get_device_name(0) if on_gpu else "none"

@@ -17,6 +17,12 @@ from urllib.parse import unquote, urlsplit
 
 from musicgen.errors import UserError
 
+# Containers that FFmpeg may open for a user's sound: what holds sound itself; no list that points at other files.
+AUDIO_CONTAINERS = (
+    "wav,w64,rf64,aiff,caf,au,flac,mp3,ogg,mov,mp4,m4a,matroska,webm,aac,asf,ape,wv,tta,mpc,mpc8,ac3,eac3,"
+    "avi,flv,mpegts,mpeg,amr,voc,rm,sbc,dts,gsm,oma"
+)
+
 
 def local_path(uri: str | os.PathLike[str]) -> Path | None:
     """The local path of a path or `file://` URI; None for another scheme."""

@@ -202,7 +202,15 @@ def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tup
     """
     many, told = config.clips, dict[str, Any]()
     negatives = None
+    for scale, sound in (("guidance_melody", config.melody), ("guidance_style", config.style)):
+        if getattr(config.sampling, scale) is not None and not sound:
+            print(f"warning: sampling.{scale} acts on a {scale.split('_')[1].upper()}; there is none", file=sys.stderr)
     if config.negative_prompt.strip():
+        if not config.sampling.guides():
+            raise UserError(
+                "negative_prompt is what guidance moves away from, and the guidance is 1, which is none; "
+                "give --sampling.guidance 3, or leave the negative prompt out"
+            )
         negatives = [config.negative_prompt.strip()] * many
         told["negative_prompt"] = negatives[0]
     request = Request(

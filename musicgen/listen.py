@@ -18,8 +18,8 @@ import numpy as np
 
 from musicgen import files
 from musicgen.errors import UserError
+from musicgen.files import AUDIO_CONTAINERS
 
-_FORMATS = "wav,w64,rf64,aiff,caf,au,flac,mp3,ogg,mov,mp4,m4a,matroska,webm,aac,asf,ape,wv,tta,mpc,mpc8,ac3,eac3"
 MAX_SECONDS = 3600.0
 _MAX_PIPE = 2**30  # bytes of what is no file, such as a pipe, which has to be read whole
 _MARGIN_SECONDS = 0.5  # around an excerpt, so that resampling begins and ends outside of it
@@ -111,10 +111,10 @@ def _blocks(file: BinaryIO, name: str) -> Iterator[tuple[np.ndarray, int]]:
     """Sound as it is decoded, float32 `[C, n]`, and its rate; at least one block with a sample."""
     import av
 
-    advice = f"give an audio file ({', '.join(_FORMATS.split(',')[:7])} …)"
+    advice = f"give an audio file ({', '.join(AUDIO_CONTAINERS.split(',')[:7])} …)"
     first, found = None, False
     try:
-        with av.open(file, "r", options={"format_whitelist": _FORMATS}) as container:
+        with av.open(file, "r", options={"format_whitelist": AUDIO_CONTAINERS}) as container:
             if not container.streams.audio:
                 raise UserError(f"{name} holds no sound; {advice}")
             resampler = av.AudioResampler(format="flt")  # in turn: PyAV crashes on eight channels one after the other

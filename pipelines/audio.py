@@ -29,9 +29,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from musicgen.files import AUDIO_CONTAINERS
 from pipelines.checks import CheckConfig
 
-_FORMATS = "wav,w64,rf64,aiff,caf,au,flac,mp3,ogg,mov,mp4,m4a,matroska,webm,aac,asf,ape,wv,tta,mpc,mpc8,ac3,eac3"
 _REQUEST = struct.Struct("<Qdd")
 _ANSWER = struct.Struct("<QQ")
 _MAX_CHANNELS = 8
@@ -249,7 +249,7 @@ def decode_bytes(data: bytes, max_seconds: float) -> Decoded:
 
     cut = container_cut(data)
     try:
-        container = av.open(io.BytesIO(data), mode="r", options={"format_whitelist": _FORMATS})
+        container = av.open(io.BytesIO(data), mode="r", options={"format_whitelist": AUDIO_CONTAINERS})
     except (av.error.FFmpegError, ValueError) as error:
         if cut:
             raise DecodeError("truncated", cut) from error

@@ -291,6 +291,9 @@ def _processor(parts: Parts, folder: Path) -> None:
     import transformers
 
     rate = parts.network.config.sampling_rate
+    # A tokenizer of BERT's kind gives token types as well, which generate() refuses; the encoder takes them as zeros.
+    tokenizer: Any = parts.text_encoder.tokenizer
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names = ["input_ids", "attention_mask"]
     if not parts.config.condition.melody:
         extractor = transformers.EncodecFeatureExtractor(
             feature_size=parts.channels, sampling_rate=rate, padding_side="left"

@@ -248,6 +248,13 @@ def test_an_export_loads_with_the_pipeline(pair: tuple[str, Any, Path, Path], tm
     assert settings.max_length == 30 * 50 + BOOKS
 
 
+def test_the_demo_plays_in_the_pipeline(tmp_path: Path) -> None:
+    """Its text encoder is of BERT's kind, whose tokenizer has more to say than generate() takes."""
+    assert command.main(["export", "--model", "demo", "--to", "transformers", "--out", str(tmp_path / "out")]) == 0
+    player = transformers.pipeline("text-to-audio", model=str(tmp_path / "out"), device="cpu")
+    assert abs(player("calm koto", forward_params={"max_new_tokens": 12})["audio"]).max() > 0
+
+
 def released(config: LMConfig, folder: Path, *, codec: Any = None, licence: str = "Apache-2.0") -> Path:
     """A release of a random model with a small T5 and codec beside it."""
     codecs.save(codec or network(), folder / "codec", dtype=torch.float32)

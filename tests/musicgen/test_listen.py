@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,29 @@ def test_formats(name: str) -> None:
     sound = listen.read(str(CATALOGUE / name), 32_000, 1, what="MELODY", max_seconds=2.0)
     assert sound.shape == (1, 64_000) and sound.dtype == np.float32
     assert 0.01 < np.abs(sound).max() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("suffix", "coder"),
+    [("avi", "pcm_s16le"), ("flv", "mp3"), ("ts", "mp2"), ("mpg", "mp2"), ("voc", "pcm_s16le")],
+)
+def test_containers_of_films_and_old_cards(suffix: str, coder: str, tmp_path: Path) -> None:
+    """Whatever holds one stream of sound will do."""
+    import av
+
+    path = tmp_path / f"tone.{suffix}"
+    with av.open(str(path), "w", format={"ts": "mpegts"}.get(suffix)) as container:
+        stream: Any = container.add_stream(coder, rate=44_100)
+        t = np.arange(2 * 44_100) / 44_100
+        data = (16_000 * np.sin(2 * np.pi * 440 * t)).astype(np.int16)
+        for start in range(0, len(data), 1024):
+            block = np.ascontiguousarray(data[None, start : start + 1024])
+            frame = av.AudioFrame.from_ndarray(block, format="s16", layout="mono")
+            frame.sample_rate = 44_100
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    sound = listen.read(str(path), 32_000, 1, what="MELODY", max_seconds=1.0)[0]
+    assert np.argmax(np.abs(np.fft.rfft(sound[:32_000]))) == 440
 
 
 def test_rate_and_channels(tmp_path: Path) -> None:
