@@ -11,18 +11,22 @@ Model FLOP are counted by one rule, `FLOP_RULE`, printed beside every share of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from musicgen import patterns
 from musicgen.config import LMConfig
 from musicgen.errors import UserError
 from training import loss
-from training.devices import GIB, Device
+from training.devices import GIB, Device, expected_mfu
 
 FLOP_RULE = "3 x forward; matrix products of layers and heads, causal half of attention, no recompute, no text encoder"
 TEXT_TOKENS = 32  # of a caption, where none is at hand to count
 TRAFFIC_SHOWS = 1 / 3  # of computing: from here on weights are not sent between nodes
+NEAR = 1.03  # times the least time of a step: as good, so that the simpler layout is taken
+# Forward passes that are made again. `selective` repeats no matrix product; its norms and activations are set at a
+# twentieth of a step's time, assumed and not measured.
+RECOMPUTED = {"none": 0.0, "selective": 0.15, "full": 1.0}
 USABLE = 0.92  # of the memory: the rest goes to the CUDA context, workspaces and fragments
 
 Strategy = Literal["single", "ddp", "fsdp", "hybrid"]
@@ -136,6 +140,9 @@ class Plan:
         shards: ranks that share one copy of weights and optimiser state.
         micro: clips per forward pass of a rank; `accumulate` such passes make its share of the batch.
         memory: bytes per rank by part.
+        why: of the strategy.
+        why_recomputed: of the checkpointing, empty where nothing is recomputed.
+        asked: settings that narrowed the choice, as `choose` takes them.
     """
 
     task: Task
@@ -149,6 +156,8 @@ class Plan:
     accumulate: int
     memory: dict[str, float] = field(default_factory=dict)
     why: str = ""
+    why_recomputed: str = ""
+    asked: dict[str, Any] = field(default_factory=dict)
 
     @property
     def needed(self) -> float:
@@ -165,10 +174,18 @@ class Plan:
         """Model FLOP of a step on all ranks."""
         return self.task.batch * self.task.clip_flop
 
+    @property
+    def recompute_share(self) -> float:
+        """Time of recomputing, beside that of the model FLOP: three forward passes, two under an adapter."""
+        return RECOMPUTED[self.checkpointing] / (2 if self.task.adapter else 3)
+
     def compute_seconds(self, rate: float) -> float:
-        """Seconds of computing per step at `rate` model FLOP per second and rank; a recomputed forward is extra."""
-        extra = {"none": 1.0, "selective": 1.02, "full": 4 / 3}[self.checkpointing]
-        return self.step_flop * extra / (self.ranks * rate)
+        """Seconds of computing per step at `rate` model FLOP per second and rank, recomputing included."""
+        return self.step_flop * (1 + self.recompute_share) / (self.ranks * rate)
+
+    def step_seconds(self, rate: float) -> float:
+        """Seconds per step: traffic is hidden behind computing as long as there is enough of it."""
+        return max(self.compute_seconds(rate), self.communication_seconds())
 
     def communication_seconds(self) -> float:
         """Seconds of traffic per step, most of it hidden behind computing.
@@ -242,13 +259,14 @@ def choose(
     checkpointing: Checkpointing | Literal["auto"] = "auto",
     accumulate: int = 0,
     shard_group: int = 0,
-    mfu: float = 0.4,
+    mfu: float = 0.0,
 ) -> Plan:
-    """The best layout of a task: the first that fits in the order of what costs least, else the smallest there is.
+    """The layout of a task that should take the least time per step, else the smallest there is.
 
-    One copy per rank (DDP) while it fits, because it talks least; then sharding (FSDP2) over
-    all ranks, or inside each node (hybrid) from where the weights' traffic between nodes would show. Within
-    that: no recomputing before selective before full, and the largest micro-batch.
+    All strategies and kinds of recomputing are weighed, each with the largest micro-batch that fits. Of those within
+    `NEAR` of the least time the first is taken: no recomputing before selective before full; within that one copy per
+    rank (DDP), which talks least, then sharding (FSDP2) over all ranks, or first inside each node (hybrid) from where
+    the weights' traffic between nodes would show.
 
     Args:
         ranks: processes in all, one per GPU.
@@ -256,10 +274,10 @@ def choose(
         strategy, checkpointing: `auto`, or what is wanted.
         accumulate: parts of a rank's share of the batch; 0 takes as few as fit.
         shard_group: ranks per copy under hybrid sharding; 0 takes a node's.
-        mfu: share of the peak at which computing is weighed against traffic.
+        mfu: share of the peak at which computing is weighed against traffic; 0 takes `expected_mfu`.
 
     Raises:
-        UserError: a batch that the ranks or the accumulation do not divide.
+        UserError: a batch that the ranks or the accumulation do not divide, or a strategy that cannot be.
     """
     if ranks < 1 or nodes < 1 or ranks % nodes:
         raise UserError(f"{ranks} GPUs on {nodes} nodes: give at least 1 GPU, and a multiple of the nodes")
@@ -275,29 +293,58 @@ def choose(
     micros = [share // accumulate] if accumulate else [d for d in range(share, 0, -1) if share % d == 0]
     kinds: Sequence[Checkpointing] = ("none", "selective", "full") if checkpointing == "auto" else (checkpointing,)
     layouts = _layouts(task, device, ranks, nodes, strategy, shard_group)
-    smallest: Plan | None = None
+    wanted = {
+        "strategy": strategy,
+        "checkpointing": checkpointing,
+        "accumulate": accumulate,
+        "shard_group": shard_group,
+    }
+    asked = {name: value for name, value in wanted.items() if value not in ("auto", 0)}
+    # No rate is measured here: every rank must come to the same choice.
+    rate = (mfu or expected_mfu(task.lm.dim)) * (device.peak or (1e12 if device.is_cpu else 100e12))
+    fitting: list[Plan] = []
+    smallest: dict[str, Plan] = {}  # of each kind
     for kind in kinds:
-        fitting = []
+        of_kind: list[Plan] = []
         for name, shards, why in layouts:
             for micro in micros:
                 parts = share // micro
                 sizes = {"shards": shards, "ranks": ranks, "micro": micro, "accumulate": parts}
                 memory = memory_by_part(task, device=device, checkpointing=kind, **sizes)
-                plan = Plan(task, device, ranks, nodes, name, shards, kind, micro, parts, memory, why)
-                if smallest is None or plan.needed < smallest.needed:
-                    smallest = plan
+                plan = Plan(task, device, ranks, nodes, name, shards, kind, micro, parts, memory, why=why, asked=asked)
+                if kind not in smallest or plan.needed < smallest[kind].needed:
+                    smallest[kind] = plan
                 if plan.fits:
-                    fitting.append(plan)
+                    of_kind.append(plan)
                     break
-        if fitting:
-            chosen = fitting[0]
-            if chosen.strategy == "fsdp" and len(fitting) > 1:
-                compute = chosen.compute_seconds(mfu * (device.peak or 100e12))
-                if chosen.communication_seconds() > TRAFFIC_SHOWS * compute:
-                    return fitting[1]
-            return chosen
-    assert smallest is not None
-    return smallest
+        sharded = next((plan for plan in of_kind if plan.strategy == "fsdp"), None)
+        if sharded and sharded.communication_seconds() > TRAFFIC_SHOWS * sharded.compute_seconds(rate):
+            of_kind.sort(key=lambda plan: ("ddp", "hybrid", "fsdp").index(plan.strategy))
+        fitting += of_kind
+    if fitting:
+        least = min(plan.step_seconds(rate) for plan in fitting)
+        chosen = next(plan for plan in fitting if plan.step_seconds(rate) <= NEAR * least)
+    else:
+        chosen = min(smallest.values(), key=lambda plan: plan.needed)
+    return replace(chosen, why_recomputed=_why_recomputed(chosen, fitting, smallest))
+
+
+def _why_recomputed(chosen: Plan, fitting: Sequence[Plan], smallest: dict[str, Plan]) -> str:
+    """Why a plan recomputes as much as it does, in words."""
+    kind = chosen.checkpointing
+    if kind == "none":
+        return ""
+    if "checkpointing" in chosen.asked:
+        return "asked for by hardware.checkpointing"
+    if not chosen.fits:
+        return "it takes the least memory"
+    less = [plan for plan in fitting if RECOMPUTED[plan.checkpointing] < RECOMPUTED[kind]]
+    if not less:
+        least = min(plan.needed for other, plan in smallest.items() if RECOMPUTED[other] < RECOMPUTED[kind])
+        return f"{'without it' if kind == 'selective' else 'with less of it'} {least / GIB:.1f} GiB would be needed"
+    if any(plan.strategy == chosen.strategy for plan in less):
+        return "because fewer passes cost less traffic"
+    return f"because {chosen.strategy} then fits, which costs less traffic"
 
 
 def _layouts(
@@ -313,6 +360,12 @@ def _layouts(
                 "frozen weights have no gradients, moments or average to shard; set ddp or auto"
             )
         return [("ddp", 1, "an adapter's gradients are small, so copies of the frozen model talk least")]
+    whole_only = task.moments > 2  # their step flattens each parameter, which FSDP2 shards unevenly
+    if whole_only and strategy in ("fsdp", "hybrid"):
+        raise UserError(
+            f"hardware.strategy {strategy} with dadapt or prodigy: the adaptive optimisers keep whole tensors; use ddp "
+            "or --optim.name adamw"
+        )
     group = shard_group or max(ranks // nodes, 1)
     if strategy == "hybrid" and (ranks % group or not 1 < group < ranks):
         allowed = [g for g in range(2, ranks) if ranks % g == 0]
@@ -328,7 +381,7 @@ def _layouts(
         "hybrid": (
             "hybrid",
             group,
-            f"no GPU holds a whole copy; sharding in groups of {group} keeps the weights' traffic off the network",
+            f"sharding in groups of {group} keeps the weights' traffic off the network",
         ),
     }
     if strategy == "single":
@@ -336,6 +389,8 @@ def _layouts(
     if strategy != "auto":
         name, shards, _ = all_of[strategy]
         return [(name, shards, asked)]
+    if whole_only:
+        return [("ddp", 1, "the adaptive optimisers keep whole tensors, which are not sharded")]
     if nodes > 1 and 1 < group < ranks and ranks % group == 0:
         return [all_of["ddp"], all_of["fsdp"], all_of["hybrid"]]
     return [all_of["ddp"], all_of["fsdp"]]

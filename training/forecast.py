@@ -10,44 +10,113 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
+from musicgen.adapters import num_parameters
 from musicgen.config import SIZES
 from musicgen.errors import UserError
 from training import budget
-from training.budget import Plan
-from training.devices import DEVICES, GIB, device_named, expected_mfu, rate_of
+from training.budget import Plan, Task
+from training.devices import DEVICES, GIB, Device, device_named, expected_mfu, rate_of
+
+ADAPTER = 16  # rank of the adapter that is named where a whole model does not fit
+FLAGS = {
+    "strategy": "--hardware.strategy",
+    "checkpointing": "--hardware.checkpointing",
+    "accumulate": "--batch.accumulate",
+    "shard_group": "--hardware.shard_group",
+}
+
+
+def _tried(task: Task, device: Device, ranks: int, nodes: int, asked: dict[str, Any]) -> Plan | None:
+    """The plan of these settings where it fits."""
+    try:
+        plan = budget.choose(task, device, ranks, nodes=nodes, **asked)
+    except UserError:
+        return None
+    return plan if plan.fits else None
 
 
 def what_fits(plan: Plan) -> str:
-    """What to change where a plan does not fit: more GPUs of the kind, other GPUs, smaller sizes."""
-    task, device = plan.task, plan.device
+    """What to change where a plan does not fit: own settings first, then more or other GPUs, smaller sizes, LORA."""
+    task, asked = plan.task, plan.asked
+    freed = ""
+    for dropped in [[name] for name in asked] + ([list(asked)] if len(asked) > 1 else []):
+        kept = {name: value for name, value in asked.items() if name not in dropped}
+        if found := _tried(task, plan.device, plan.ranks, plan.nodes, kept):
+            freed = (
+                f"{FLAGS['accumulate']} {found.accumulate}"
+                if dropped == ["accumulate"]
+                else f"without {' '.join(f'{FLAGS[name]} {asked[name]}' for name in dropped)} it fits"
+            )
+            break
+    hints = ([freed] if freed else []) + _elsewhere(plan, asked)
+    if not hints and asked and (hints := _elsewhere(plan, {})):
+        hints[0] = f"without {' '.join(f'{FLAGS[name]} {value}' for name, value in asked.items())}: {hints[0]}"
+    return "; ".join(hints) if hints else "nothing of the above: use GPUs with more memory"
+
+
+def _elsewhere(plan: Plan, asked: dict[str, Any]) -> list[str]:
+    """Other hardware or tasks that fit with these settings."""
+    task, device, ranks, nodes = plan.task, plan.device, plan.ranks, plan.nodes
     hints: list[str] = []
     if not device.is_cpu:
-        for ranks in (2, 4, 8, 16, 32, 64, 96, 128, 192):
-            nodes = -(-ranks // device.per_node)
-            possible = ranks > plan.ranks and task.batch % ranks == 0 and ranks % nodes == 0
-            if possible and budget.choose(task, device, ranks, nodes=nodes).fits:
-                hints.append(f"{ranks} GPUs of this kind")
+        for more in (2, 4, 8, 16, 32, 64, 96, 128, 192):
+            over = -(-more // device.per_node)
+            possible = more > ranks and task.batch % more == 0 and more % over == 0
+            if possible and _tried(task, device, more, over, asked):
+                hints.append(f"{more} GPUs of this kind")
                 break
-        others = [
-            d.name
-            for d in DEVICES.values()
-            if d.memory > device.memory and budget.choose(task, d, plan.ranks, nodes=plan.nodes).fits
-        ]
+        others = [d.name for d in DEVICES.values() if d.memory > device.memory and _tried(task, d, ranks, nodes, asked)]
         hints += [f"GPU={others[-1]}"] if others else []
     smaller = [
         name
         for name, shape in SIZES.items()
         if shape.num_parameters() < task.lm.num_parameters()
-        and budget.choose(replace(task, lm=shape), device, plan.ranks, nodes=plan.nodes).fits
+        and _tried(replace(task, lm=shape), device, ranks, nodes, asked)
     ]
     hints += [f"SIZE={smaller[-1]}"] if smaller else []
-    if (
-        task.frames > 150
-        and budget.choose(replace(task, frames=task.frames // 4), device, plan.ranks, nodes=plan.nodes).fits
-    ):
+    if task.frames > 150 and _tried(replace(task, frames=task.frames // 4), device, ranks, nodes, asked):
         hints.append("shorter crops (--batch.crop_seconds)")
-    return "; ".join(hints) if hints else "nothing of the above: use GPUs with more memory"
+    if task.moments > 2 and _tried(replace(task, moments=2), device, ranks, nodes, asked):
+        hints.append("--optim.name adamw")
+    adapter = replace(task, adapter=num_parameters(task.lm, ADAPTER))
+    if not task.adapter and _tried(adapter, device, ranks, nodes, asked):
+        hints.append(f"an adapter (LORA={ADAPTER} with INIT=)")
+    return hints
+
+
+def what_cuts_traffic(plan: Plan, rate: float) -> str:
+    """What would shorten the steps of a plan whose traffic is longer than its computing.
+
+    Args:
+        rate: model FLOP per second and rank.
+    """
+    task, compute, talk = plan.task, plan.compute_seconds(rate), plan.communication_seconds()
+    hints = [f"links {talk / compute:.1f} times as fast"]
+
+    def better(changed: Task, asked: dict[str, Any]) -> Plan | None:
+        found = _tried(changed, plan.device, plan.ranks, plan.nodes, asked)
+        before = plan.step_seconds(rate) * changed.batch / task.batch
+        return found if found and found.step_seconds(rate) < 0.9 * before else None
+
+    for name in plan.asked:
+        kept = {other: value for other, value in plan.asked.items() if other != name}
+        if found := better(task, kept):
+            hints.append(f"{found.step_seconds(rate):.3g} s without {FLAGS[name]} {plan.asked[name]}")
+    if "strategy" not in plan.asked and "shard_group" not in plan.asked:
+        groups = [group for group in range(2, plan.shards) if plan.ranks % group == 0]
+        tried = [better(task, plan.asked | {"strategy": "hybrid", "shard_group": group}) for group in groups]
+        if found := min((p for p in tried if p), key=lambda p: p.step_seconds(rate), default=None):
+            flags = f"--hardware.strategy hybrid --hardware.shard_group {found.shards}"
+            hints.append(f"{found.step_seconds(rate):.3g} s with {flags}")
+    for times in (2, 4, 8):
+        if found := better(replace(task, batch=times * task.batch), plan.asked):
+            hints.append(
+                f"{found.step_seconds(rate) / times:.3g} s per {task.batch} clips with --batch.size {found.task.batch}"
+            )
+            break
+    return "; ".join(hints)
 
 
 def _size(number: float) -> str:
@@ -83,7 +152,7 @@ def lines(plan: Plan, *, name: str, rate: float | None, rate_said: str) -> list[
         f"{device.memory / GIB:.1f} GiB per {unit}",
         f"strategy  {plan.strategy}" + (f" over {plan.shards} ranks" if plan.shards > 1 else "") + f": {plan.why}",
         f"batch     {plan.micro} clips per pass x {plan.accumulate} passes x {plan.ranks} ranks, "
-        f"activation checkpointing {plan.checkpointing}",
+        f"activation checkpointing {plan.checkpointing}" + (f": {plan.why_recomputed}" if plan.why_recomputed else ""),
         f"memory    {_size(plan.needed)} GiB per {unit} of {device.memory / GIB:.1f} "
         f"(up to {budget.USABLE:.0%} is used): "
         + ", ".join(f"{part} {_size(value)}" for part, value in plan.memory.items() if value >= 0.005 * GIB),
@@ -92,11 +161,11 @@ def lines(plan: Plan, *, name: str, rate: float | None, rate_said: str) -> list[
         out.append(f"          without the text encoder {lm.condition.text_encoder!r}, whose size is not known")
     if rate:
         compute, talk = plan.compute_seconds(rate), plan.communication_seconds()
-        # Traffic is hidden behind computing as long as there is enough of it.
-        step = max(compute, talk)
+        step = plan.step_seconds(rate)
         days = task.steps * step / 86400
         out.append(
             f"time      {step:.3g} s per step at {rate_said} (computing {compute:.3g} s"
+            + (", recomputing included" if plan.recompute_share else "")
             + (f", traffic {talk:.3g} s, hidden behind it" if 0 < talk <= compute else "")
             + (f", traffic {talk:.3g} s, which is the longer" if talk > compute else "")
             + f"); {task.steps:,} steps take "
@@ -108,6 +177,8 @@ def lines(plan: Plan, *, name: str, rate: float | None, rate_said: str) -> list[
                 else f"{24 * 60 * days:,.1f} minutes"
             )
         )
+        if talk > compute and plan.fits:
+            out.append(f"traffic   what would help: {what_cuts_traffic(plan, rate)}")
     if not plan.fits:
         out.append(
             f"no room   the smallest layout needs {_size(plan.needed)} GiB per {unit}, "

@@ -131,6 +131,54 @@ def test_recomputing_only_where_nothing_else_helps() -> None:
     assert memory == sorted(memory, reverse=True) and memory[0] > memory[2] + 1e9
 
 
+def rtx4090s(capsys: pytest.CaptureFixture[str], *more: str, gpus: int = 8) -> tuple[str, float]:
+    """The plan of 3.3b on them and its seconds per step."""
+    forecast.main(["--size", "3.3b", "--gpus", str(gpus), "--gpu", "rtx4090", *more])
+    out = capsys.readouterr().out
+    found = re.search(r"time +([\d.]+) s per step", out)
+    assert found is not None and all(len(line) < 240 for line in out.splitlines())
+    return out, float(found[1])
+
+
+def test_traffic_is_weighed_against_recomputing(capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = ("none", "selective", "full")
+    each = {kind: rtx4090s(capsys, "--hardware.checkpointing", kind) for kind in kinds}
+    chosen, seconds = rtx4090s(capsys)
+    assert seconds == min(s for _, s in each.values()) == each["full"][1] < each["none"][1] / 5
+    assert "checkpointing full: because fewer passes cost less traffic" in chosen and "recomputing included" in chosen
+    assert "checkpointing full: asked for by hardware.checkpointing" in each["full"][0]
+    said = each["none"][0]
+    assert "which is the longer" in said and f"{seconds:.3g} s without --hardware.checkpointing none" in said
+    assert "times as fast" in said
+
+
+def test_recomputing_counts_in_time_not_in_flop() -> None:
+    plans = [choose(task(), DEVICES["h200"], 8, checkpointing=kind) for kind in ("none", "full")]  # type: ignore[arg-type]
+    assert plans[0].step_flop == plans[1].step_flop
+    assert plans[1].compute_seconds(1e14) == pytest.approx(4 / 3 * plans[0].compute_seconds(1e14))
+    adapter = choose(task(adapter=10**7), DEVICES["h200"], 8, checkpointing="full")
+    assert adapter.recompute_share == 1 / 2  # of two passes' FLOP
+    tight = choose(task("1.5b"), dataclasses.replace(DEVICES["h100-80"], memory=49e9), 1)
+    assert re.fullmatch(r"with(out it| less of it) [\d.]+ GiB would be needed", tight.why_recomputed)
+
+
+def test_adaptive_optimisers_are_not_sharded() -> None:
+    for moments, gpus, strategy in ((2, 8, "fsdp"), (3, 8, "ddp"), (4, 8, "ddp")):
+        assert choose(task(moments=moments), DEVICES["h100-80"], gpus).strategy == strategy
+
+
+def test_what_fits_instead() -> None:
+    gpu = DEVICES["rtx4090"]
+    narrowed = forecast.what_fits(choose(task("1.5b"), gpu, 2, checkpointing="none", accumulate=1))
+    assert narrowed.startswith("without --hardware.checkpointing none --batch.accumulate 1 it fits")
+    assert forecast.what_fits(choose(task(), DEVICES["h100-80"], 1, checkpointing="none")).startswith(
+        "without --hardware.checkpointing none it fits"
+    )
+    assert forecast.what_fits(choose(task("300m"), gpu, 1, accumulate=1)).startswith("--batch.accumulate ")
+    assert "LORA=16" in forecast.what_fits(choose(task(), gpu, 1))
+    assert "--optim.name adamw" in forecast.what_fits(choose(task(moments=4), gpu, 8))
+
+
 def test_time_and_days() -> None:
     plan = choose(task("300m"), DEVICES["h200"], 1)
     assert plan.compute_seconds(0.4 * 989e12) == pytest.approx(1.75, rel=0.01)  # 192 clips at 40 % of the peak
@@ -186,6 +234,13 @@ def test_make_plan(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gpus", "12"], "not a multiple of the 8 of a node"),
         (["--size", "30b"], "unknown SIZE '30b'; allowed: demo, 300m"),
         (["--gpus", "8", "--hardware.strategy", "hybrid"], "allowed: 2, 4"),
+        *(
+            (
+                ["--gpus", "8", "--hardware.strategy", strategy, "--hardware.shard_group", "4", "--optim.name", name],
+                "the adaptive optimisers keep whole tensors; use ddp or --optim.name adamw",
+            )
+            for strategy, name in (("fsdp", "dadapt"), ("hybrid", "prodigy"))
+        ),
     ],
 )
 def test_what_is_refused(argv: list[str], message: str) -> None:
