@@ -202,7 +202,9 @@ class Plan:
             rate = across if self.shards > self.ranks // self.nodes else self.device.link
             seconds += self.accumulate * n * (2 * (2 if self.task.bf16 else 4) + 4) / rate
         if self.shards < self.ranks:
-            seconds += 2 * 4 * self.task.trained / self.shards / across
+            # The groups' parts go out side by side, over what a node's cards reach together.
+            at_once = min(self.shards, self.ranks // self.nodes) if self.nodes > 1 else 1
+            seconds += 2 * 4 * self.task.trained / self.shards * at_once / across
         return seconds
 
 

@@ -162,6 +162,17 @@ def test_recomputing_counts_in_time_not_in_flop() -> None:
     assert re.fullmatch(r"with(out it| less of it) [\d.]+ GiB would be needed", tight.why_recomputed)
 
 
+def test_groups_share_the_network_of_their_node() -> None:
+    # With one pass a step, what leaves a node is the gradient of one copy, whoever holds it.
+    slow = dataclasses.replace(DEVICES["rtx4090"], link=1e18)
+    for ranks in (8, 16):
+        ddp, hybrid = (
+            choose(task("300m"), slow, ranks, nodes=ranks // 4, strategy=name).communication_seconds()
+            for name in ("ddp", "hybrid")  # type: ignore[arg-type]
+        )
+        assert hybrid == pytest.approx(ddp)
+
+
 def test_adaptive_optimisers_are_not_sharded() -> None:
     for moments, gpus, strategy in ((2, 8, "fsdp"), (3, 8, "ddp"), (4, 8, "ddp")):
         assert choose(task(moments=moments), DEVICES["h100-80"], gpus).strategy == strategy
