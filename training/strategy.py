@@ -46,7 +46,7 @@ class HardwareConfig:
             `auto` takes what the plan says.
         shard_group: ranks that share one copy under `hybrid`; 0 takes the ranks of a node.
         checkpointing: what is recomputed in the backward pass: `none`; `selective` all but matrix products and
-            attention; `full` whole blocks; `auto` the least with which the batch fits.
+            attention; `full` whole blocks; `auto` what takes the least time per step.
         compile: compile each block, and the loss on a GPU; `auto` does so on GPUs.
     """
 
