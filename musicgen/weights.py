@@ -116,10 +116,13 @@ def write_folder(
     return target
 
 
+_REMAINS = {WEIGHTS, "adapter_model.safetensors", "adapter_config.json"}  # of a release that lost its config.json
+
+
 def _check_replaceable(target: Path) -> None:
-    """Refuse to replace what is neither an empty folder nor a release, an adapter or a codec."""
+    """Refuse to replace what is neither an empty folder nor a release, an adapter or a codec, or what is left of one."""
     try:
-        if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        if not target.exists() or (target.is_dir() and {path.name for path in target.iterdir()} <= _REMAINS):
             return
         about = json.loads((target / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -26,6 +26,7 @@ SMALL = shlex.split(
     "--log.every 1 --log.valid_every 2 --log.state_every 2 --log.clips 0 --steps 4"
 )
 TWO = ["--hardware.devices", "2"]
+BF16 = ["--hardware.precision", "bf16"]
 LORA = shlex.split("--lora.rank 4 --optim.ema_every 1 --hardware.checkpointing selective")
 
 
@@ -79,12 +80,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             job(
                 "asked", *shards, "--steps", "5000", signal=[1, signal.SIGUSR1, str(folder / "asked" / "metrics.jsonl")]
             ),
+            job("bf16", *shards, *BF16),
         ],
         folder / "first",
     )
     for run in ("ddp", "fsdp"):
         moved(folder / run, folder / f"from-{run}")
         moved(folder / run, folder / f"alone-{run}")
+    for run in ("ddp", "fsdp", "bf16"):
+        moved(folder / run, folder / f"again-{run}")
     spoiled = moved(folder / "fsdp", folder / "spoiled")
     for file in (spoiled / "state" / "step-2").glob("*.safetensors"):
         with safe_open(file, "pt") as stored:
@@ -93,10 +97,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         broken["model/out_norm.weight"][-1] = torch.inf
         save_file(broken, file, about)
     second = together(
-        [job("from-ddp", *shards), job("from-fsdp"), job("spoiled", *shards)],
+        [
+            job("from-ddp", *shards),
+            job("from-fsdp"),
+            job("spoiled", *shards),
+            job("again-ddp"),
+            job("again-fsdp", *shards, *clips),
+            job("again-bf16", *shards, *BF16),
+        ],
         folder / "second",
     )
-    assert first[:5] == [["ok", "ok"]] * 5 and second[:2] == [["ok", "ok"]] * 2
+    done = [*first[:5], first[6], *second[:2], *second[3:]]
+    assert done == [["ok", "ok"]] * 11
     (folder / "asked" / "became").write_text("\n".join(first[5]))
     (folder / "spoiled" / "became").write_text("\n".join(second[2]))
     return folder
@@ -105,6 +117,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("run", ["ddp", "fsdp", "full", "selective"])
 def test_two_ranks_make_the_steps_of_one(place: Path, run: str) -> None:
     alike(place / run, place / "one")
+
+
+@pytest.mark.parametrize("run", ["ddp", "fsdp", "bf16"])
+def test_two_ranks_go_on_to_the_bit(place: Path, run: str) -> None:
+    """Resumed on the same ranks: the losses and every tensor of the state are those of the run made in one go."""
+    once, again = tensors(place / run), tensors(place / f"again-{run}")
+    assert once.keys() == again.keys() and all(torch.equal(once[name], again[name]) for name in once)
+    assert metrics(place / run) == metrics(place / f"again-{run}")
 
 
 def test_two_ranks_train_the_adapter_of_one(place: Path) -> None:

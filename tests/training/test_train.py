@@ -244,6 +244,7 @@ def test_a_second_ctrl_c_leaves_at_once(data: Path, tmp_path: Path, monkeypatch:
 def test_a_signal_before_the_first_step_asks_to_be_run_again(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     for owner, name in ((train, "_load_encoder"), (record, "Record"), (strategy, "prepare")):
         with monkeypatch.context() as patch:
             real = getattr(owner, name)
@@ -258,7 +259,7 @@ def test_a_signal_before_the_first_step_asks_to_be_run_again(
         assert left.value.code == launch.EXIT_REQUEUE
         assert capfd.readouterr().out.count("left      asked by SIGTERM outside the steps: nothing is lost") == 1
     assert lineage.read(tmp_path / "prepare")[-1]["how"] == "left"
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, full: list[bool]) -> None:
