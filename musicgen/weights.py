@@ -120,7 +120,7 @@ _REMAINS = {WEIGHTS, "adapter_model.safetensors", "adapter_config.json"}  # of a
 
 
 def _check_replaceable(target: Path) -> None:
-    """Refuse to replace what is neither an empty folder nor a release, an adapter or a codec, or what is left of one."""
+    """Refuse to replace what is neither an empty folder nor a release, an adapter, a codec, or what is left of one."""
     try:
         if not target.exists() or (target.is_dir() and {path.name for path in target.iterdir()} <= _REMAINS):
             return
