@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,15 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None])
     monkeypatch.setattr(module.MusicLMModule, "training_step", training_step)
 
 
+@pytest.fixture
+def at_a_terminal() -> Iterator[None]:
+    """SIGINT as a terminal's programs have it; those that a script starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("at_a_terminal")
 def test_ctrl_c_saves_and_leaves(
     whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,6 +239,7 @@ def test_ctrl_c_saves_and_leaves(
     same(tensors(whole, 40), tensors(run, 40))
 
 
+@pytest.mark.usefixtures("at_a_terminal")
 def test_a_second_ctrl_c_leaves_at_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = go(data, tmp_path / "run", "--stop_at", "2")
     at_step(monkeypatch, 4, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)] and None)
