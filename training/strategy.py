@@ -9,7 +9,9 @@ Which of these a run takes is decided by `training.budget` unless the settings s
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import shutil
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +27,8 @@ from training.budget import Plan
 
 if TYPE_CHECKING:
     from training.launch import Launched
+
+log = logging.getLogger(__name__)
 
 
 TEXT_MULTIPLE = 32  # tokens: compiled blocks hear captions of few lengths, since each takes a graph of its own
@@ -85,11 +89,18 @@ class HardwareConfig:
     @property
     def compiles(self) -> bool:
         """Whether blocks are compiled."""
-        return self.compile == "on" or (self.compile == "auto" and self.uses_gpu)
+        return self.compile == "on" or (self.compile == "auto" and self.uses_gpu and has_compiler())
+
+
+def has_compiler() -> bool:
+    """Whether there is a C compiler, without which torch.compile and Triton cannot start a kernel of theirs."""
+    return any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang", "cc"))
 
 
 def check(config: HardwareConfig) -> None:
-    """Raises `UserError` when GPUs were asked for that are not there."""
+    """Raises `UserError` when GPUs were asked for that are not there; warns where nothing can be compiled for them."""
+    if config.uses_gpu and config.compile == "auto" and not has_compiler():
+        log.warning("there is no C compiler (gcc or clang): blocks are not compiled and train slower; install one")
     if config.uses_gpu and torch.cuda.device_count() < config.devices:
         raise UserError(
             f"hardware.devices is {config.devices}, but this machine shows {torch.cuda.device_count()} GPUs; "

@@ -42,3 +42,18 @@ def test_torch_reads_it_after_its_import() -> None:
     env = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
     done = subprocess.run([sys.executable, "-c", words], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "expandable_segments:True"
+
+
+def test_without_a_c_compiler_nothing_is_compiled_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = strategy.HardwareConfig()
+    monkeypatch.setattr(strategy.shutil, "which", lambda name: f"/usr/bin/{name}" if name == "clang" else None)
+    strategy.check(config)
+    assert config.compiles and not caplog.records
+    monkeypatch.setattr(strategy.shutil, "which", lambda _: None)
+    strategy.check(config)
+    assert not config.compiles and "no C compiler" in caplog.text
+    assert strategy.HardwareConfig(compile="on").compiles
