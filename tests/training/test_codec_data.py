@@ -77,6 +77,24 @@ def test_shards_of_audio_are_the_catalogue(catalog: Path, tmp_path: Path) -> Non
     assert shared == set(data.open_cache(made, "train").track_ids), "the split is that of the catalogue"
 
 
+def test_codec_eval_measures_shards_of_audio(catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command's DATA may be what the training's was; the same tracks give the same figures as the catalogue's."""
+    from training.codec import evaluate
+
+    rows = rows_of(catalog)
+    samples = [
+        {"__key__": r["track_id"], "flac": flac(melody(i, 3.0)), "json": {k: r[k] for k in r if k != "uri"}}
+        for i, r in enumerate(rows)
+    ]
+    shards, said = write_shards(tmp_path / "shards", samples), []
+    words = ["--opus", "[]", "--max_seconds", "1", "--cache", str(tmp_path / "pcm")]
+    words += ["--splits.train", "0.7", "--splits.valid", "0.3", "--splits.test", "0"]
+    for source in (shards, catalog):
+        assert evaluate.main([*words, "--data", str(source)]) == 0
+        said.append([line for line in capsys.readouterr().out.splitlines() if "entries in use" in line])
+    assert len(said[0]) == 4 and said[0] == said[1]
+
+
 def test_a_cache_follows_its_rows(catalog: Path, tmp_path: Path) -> None:
     made = data.prepare(str(catalog), tmp_path / "pcm", SHAPE, SPLITS)
     before = (made / "train.pcm16").stat().st_mtime_ns

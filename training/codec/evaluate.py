@@ -37,7 +37,7 @@ class CodecEvalConfig:
 
     Args:
         codec: `demo`, a codec folder or a hub name.
-        data: catalogue URI or PCM cache folder; distances on its split `valid`, codebook use on all of it.
+        data: catalogue URI, audio shards or PCM cache; distances on its split `valid`, codebook use on all of it.
         cache: where the decoded audio of a catalogue is kept.
         opus: bit rates of Opus to compare with, bit/s.
         max_seconds: seconds of each track that are measured.
