@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musicgen import seanet
+from musicgen import files, seanet
 from musicgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def save(model: EncodecModel, folder: str | Path, *, dtype: torch.dtype = torch.
     from safetensors.torch import save as packed
 
     folder = Path(folder)
-    if (folder / "config.json").exists() and _model_type(folder) != "encodec":
+    if (folder / "config.json").exists() and files.model_type(folder) != "encodec":
         raise UserError(f"{folder} holds another kind of model, which would be lost; give a new folder for the codec")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -140,15 +140,6 @@ def save(model: EncodecModel, folder: str | Path, *, dtype: torch.dtype = torch.
         for name in ("model.safetensors", "config.json"):
             os.replace(Path(scratch) / name, folder / name)
     return folder
-
-
-def _model_type(folder: Path) -> str | None:
-    """What config.json says that the folder holds; None where it cannot be read."""
-    try:
-        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return about.get("model_type") if isinstance(about, dict) else None
 
 
 class Codec:
@@ -318,10 +309,9 @@ def load_network(source: str | Path) -> EncodecModel:
     if folder.is_dir():
         if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
             raise UserError(f"CODEC {name!r} has no config.json and model.safetensors; give the folder of a codec")
-        try:
-            kind = json.loads((folder / "config.json").read_text()).get("model_type")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise UserError(f"CODEC {name!r}: its config.json cannot be read ({str(error).splitlines()[0]})") from None
+        kind = files.model_type(folder)
+        if kind is None:
+            raise UserError(f"CODEC {name!r}: its config.json cannot be read or names no model; copy it again")
         if kind != "encodec":
             raise UserError(f"CODEC {name!r} holds a model of type {kind!r}; an EnCodec folder is needed")
         target = str(folder)

@@ -169,10 +169,10 @@ class Engine:
         self.first_row = (books * (self.config.codebook_size + 1))[:, None]
         norm, linears = lm.out_norm, [head for head in lm.linears if isinstance(head, torch.nn.Linear)]
         self.out_norm = (norm.weight.detach().to(self.dtype), norm.bias.detach().to(self.dtype), norm.eps)
-        self.head_weight = torch.cat([head.weight.detach() for head in linears])
+        heads = torch.cat([head.weight.detach() for head in linears])
         # The heads decide between codes and are 2 % of the bytes: they stay at 16 bits where the rest has 8.
         sixteen: Precision = "float16" if self.device.type == "cpu" else "bf16"
-        self.heads = pack(self.head_weight, sixteen if precision == "int8" else precision)
+        self.heads = pack(heads, sixteen if precision == "int8" else precision)
         self.fused = fused.step_of(self, list(blocks))
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ reader never sees half a file and a killed writer leaves nothing under the final
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import uuid
@@ -60,6 +61,15 @@ def exists(uri: str | os.PathLike[str]) -> bool:
 
     filesystem, inner = _remote(os.fspath(uri))
     return filesystem.get_file_info(inner).type != fs.FileType.NotFound
+
+
+def model_type(folder: str | os.PathLike[str]) -> str | None:
+    """What config.json of a folder in transformers' form says that it holds; None where it cannot be read."""
+    try:
+        about = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return about.get("model_type") if isinstance(about, dict) else None
 
 
 def read_bytes(uri: str | os.PathLike[str]) -> bytes:

@@ -112,9 +112,13 @@ class FusedStep:
         from musicgen.kernels import Linear
 
         self.layers = [_Layer(block, packed, engine.precision) for block, packed in zip(blocks, engine.layers)]
-        heads = engine.heads
-        own = (heads.weight, heads.scale) if isinstance(heads, OnGpu) else (engine.head_weight.to(engine.dtype), None)
-        self.heads = Linear(*own, norm=engine.out_norm)
+        packed = engine.heads
+        weight = (
+            packed.weight
+            if isinstance(packed, OnGpu)
+            else torch.cat([p.detach() for p in engine.lm.linears.parameters()])
+        )
+        self.heads = Linear(weight.to(engine.dtype), norm=engine.out_norm)  # 16 bits at least, whatever the layers have
         self.tables = engine.tables
 
     def __call__(self, tokens: Tensor, cache: Cache, room: Room) -> Tensor:

@@ -16,7 +16,7 @@ from musicgen import patterns
 from musicgen.codec import Codec
 from musicgen.engine import Engine
 from musicgen.errors import UserError
-from musicgen.sampler import _NOISE_COLUMNS, bucket
+from musicgen.sampler import NOISE_COLUMNS, bucket
 from musicgen.windows import Windows
 
 _SOUND_COPIES = 4  # pieces, joined, trimmed, 16-bit
@@ -85,7 +85,7 @@ def engine_bytes(engine: Engine, load: Load) -> int:
         capacity * lm.dim * width,  # the table of positions
         rows * heard * (2 * lm.condition.text_dim * 4 + lm.dim * 4),  # each branch, all together, projected
         padded * lm.num_codebooks * columns * 8,
-        padded * _NOISE_COLUMNS * codes * _NOISE_BYTES,
+        padded * NOISE_COLUMNS * codes * _NOISE_BYTES,
         (rows * _BRANCH_LOGITS + padded * _GUIDED_LOGITS) * codes * 4,
         rows * fed * lm.dim * (6 + 2 * lm.ffn_mult) * width,
     )

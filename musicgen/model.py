@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from musicgen.conditioning import TextEncoder
     from musicgen.lm import MusicLM
 
-_TEXT_BUCKET = 32  # text is padded to a multiple, so that a batch and a single prompt take the same kernels
+TEXT_BUCKET = 32  # text is padded to a multiple, so that a batch and a single prompt take the same kernels
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,11 @@ def hints(model: MusicGen, prompt: str | None, duration_seconds: float) -> list[
     return found
 
 
+def text_places(tokens: int) -> int:
+    """Places L that a text of so many tokens takes beside others."""
+    return -(-tokens // TEXT_BUCKET) * TEXT_BUCKET
+
+
 @torch.no_grad()
 def encode_prompts(model: MusicGen, prompts: Sequence[str | None]) -> Conditions:
     """Conditions of prompts, each encoded alone, L padded to a multiple of 32; None is the null condition.
@@ -140,7 +145,7 @@ def encode_prompts(model: MusicGen, prompts: Sequence[str | None]) -> Conditions
             )
     parts = [model.text_encoder.encode([p]) for p in prompts]
     longest = max(int(hidden.shape[1]) for hidden, _ in parts)
-    length = -(-longest // _TEXT_BUCKET) * _TEXT_BUCKET
+    length = text_places(longest)
     first = parts[0][0]
     hidden = first.new_zeros(len(parts), length, first.shape[2])
     mask = torch.zeros(len(parts), length, dtype=torch.bool, device=first.device)

@@ -24,7 +24,7 @@ from musicgen.chroma import NONE
 from musicgen.conditions import Conditions
 from musicgen.engine import Engine
 from musicgen.errors import UserError
-from musicgen.model import _TEXT_BUCKET, MusicGen, encode_prompts
+from musicgen.model import MusicGen, encode_prompts, text_places
 from musicgen.sampling import SamplingConfig
 from musicgen.stream_decoder import StreamDecoder, decode_long
 from musicgen.windows import LENGTH_BOUND, Windows, margin_of, stream_codes
@@ -230,7 +230,7 @@ def _text_places(model: MusicGen, texts: Sequence[str]) -> int:
     """Places of the longest text as `encode_prompts` pads it, which refuses what is beyond the encoder's limit."""
     longest = max(model.text_encoder.num_tokens(text) for text in set(texts))
     longest = min(longest, model.text_encoder.max_tokens or longest)
-    return -(-longest // _TEXT_BUCKET) * _TEXT_BUCKET
+    return text_places(longest)
 
 
 def _num_branches(request: Request) -> int:

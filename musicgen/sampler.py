@@ -27,7 +27,7 @@ from musicgen.engine import SPAN, Engine
 from musicgen.sampling import SamplingConfig
 
 UNKNOWN = -1
-_NOISE_COLUMNS = 32
+NOISE_COLUMNS = 32  # columns of the clip whose noise is made at once
 
 
 def bucket(size: int) -> int:
@@ -85,7 +85,7 @@ class Sampler:
         self.scales = torch.ones((max(self.branches - 1, 1), length), device=device)
         self.all_scales, self.frame_rate, self.sample_rate_hz = scales, frame_rate, sample_rate_hz
         self.draws = config.temperature > 0
-        noise_shape = (self.padded, _NOISE_COLUMNS if self.draws else 1, books, size)
+        noise_shape = (self.padded, NOISE_COLUMNS if self.draws else 1, books, size)
         self.noise = torch.zeros(noise_shape, device=device)
         self.capture = graphs and device.type == "cuda"
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -156,9 +156,9 @@ class Sampler:
     def _noise(self, column: int) -> None:
         """Have the noise of the draw into `column` ready."""
         step = column - 1
-        if self.draws and (step % _NOISE_COLUMNS == 0 or column == self.first_drawn):
-            base = step - step % _NOISE_COLUMNS + self.offset
-            steps = torch.arange(base, base + _NOISE_COLUMNS, device=self.seeds.device)
+        if self.draws and (step % NOISE_COLUMNS == 0 or column == self.first_drawn):
+            base = step - step % NOISE_COLUMNS + self.offset
+            steps = torch.arange(base, base + NOISE_COLUMNS, device=self.seeds.device)
             self.noise.copy_(sampling.gumbel_noise(self.seeds, steps, self.noise.shape[2], self.noise.shape[3]))
 
     def _step(self, span: int | None) -> None:
@@ -182,7 +182,7 @@ class Sampler:
         if self.branches > 1:
             scales = self.scales.index_select(1, self.column)
             logits = sampling.guide(logits.chunk(self.branches), scales)
-        noise = self.noise.index_select(1, self.column % _NOISE_COLUMNS)[:, 0] if self.draws else None
+        noise = self.noise.index_select(1, self.column % NOISE_COLUMNS)[:, 0] if self.draws else None
         drawn = sampling.draw(logits, noise, self.config)[..., None]
         self.column += 1
         given = self.columns.index_select(2, self.column)

@@ -15,6 +15,7 @@ import re
 import sys
 from pathlib import Path
 
+from musicgen import files
 from musicgen.errors import UserError
 from musicgen.interop.parts import NON_COMMERCIAL, Parts, to_release
 
@@ -32,19 +33,11 @@ def kind_of(name: str) -> str | None:
     if path.is_dir():
         if (path / "state_dict.bin").is_file():
             return "audiocraft"
-        return "transformers" if _model_type(path) in ("musicgen", "musicgen_melody") else None
+        return "transformers" if files.model_type(path) in ("musicgen", "musicgen_melody") else None
     if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         return None
     # A name of two parts whose first is a folder here is a mistyped path, not a hub's model.
     return None if Path(name.split("/")[0]).is_dir() else "hub"
-
-
-def _model_type(folder: Path) -> str | None:
-    try:
-        tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return tree.get("model_type") if isinstance(tree, dict) else None
 
 
 def fetch(name: str) -> Path:
