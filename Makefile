@@ -101,7 +101,7 @@ check-music: setup ## [MODEL=… DATA=…]: does the model make music, and the m
 check-style: setup ## DATA=… RUN=…: what a style by example brings to the demo model (trains it first)
 	$(BIN)/python -m training.style_check --data "$(or $(DATA),data/assets/tokens)" --run "$(or $(RUN),runs/style)" $(ARGS)
 
-check-melody: setup ## DATA=… RUN=…: does augmentation help a melody model? (DATA with --chroma_variants; trains two)
+check-melody: setup ## DATA=… RUN=…: does augmentation help a melody model? (DATA with --chroma_variants; trains two or three)
 	$(BIN)/python -m training.melody_check --data "$(or $(DATA),data/melody)" --runs "$(or $(RUN),runs/melody)" $(ARGS)
 
 bench: setup ## speed of ingest by stage and of training, as tables (keep the machine otherwise idle)

@@ -1,7 +1,8 @@
 """The stems of a recording: voice and accompaniment, without drums and bass, are what a melody is taken from.
 
-The extra `stems`; the only file that imports demucs. Drums and bass would often be the loudest pitch class of a frame;
-the released melody models were trained on the chroma of the other two stems.
+Drums and bass would often be the loudest pitch class of a frame; the released melody models were trained on the chroma
+of the other two stems. Where nobody has the stems, Demucs separates them: the extra `stems`, and the only file that
+imports demucs.
 
 Source: Copet et al. 2023, section 2.3; audiocraft `ChromaStemConditioner` (htdemucs, stems vocals and other).
 """
@@ -18,7 +19,7 @@ from musicgen.errors import UserError
 
 SAMPLE_RATE = 44_100  # htdemucs
 MODEL = "hf://htdemucs"  # the hub's safetensors; by another name demucs may unpickle a download
-KEPT = ("vocals", "other")
+LEFT_OUT = ("drums", "bass")
 
 
 def load(setting: str = "melody_stems") -> Any:
@@ -55,13 +56,18 @@ def melody(audio: np.ndarray, to_hz: int, separator: Any = None) -> np.ndarray:
     """
     model = separator if separator is not None else load()
     parts = _apart(audio, model)
-    return _mono(sum(parts[model.sources.index(name)] for name in KEPT), to_hz)
+    return _mono(sum(part for name, part in zip(model.sources, parts) if has_melody(name)), to_hz)
 
 
-def separate(audio: np.ndarray, to_hz: int, separator: Any = None) -> list[np.ndarray]:
-    """All stems of `audio` `[2, N]` at 44.1 kHz, each mono `[M]` at `to_hz`, in the order of the separator."""
+def has_melody(name: str) -> bool:
+    """Whether a stem of this name counts for the melody: all but drums and bass."""
+    return name.casefold() not in LEFT_OUT
+
+
+def separate(audio: np.ndarray, to_hz: int, separator: Any = None) -> dict[str, np.ndarray]:
+    """All stems of `audio` `[2, N]` at 44.1 kHz by name, each mono `[M]` at `to_hz`."""
     model = separator if separator is not None else load()
-    return [_mono(part, to_hz) for part in _apart(audio, model)]
+    return {name: _mono(part, to_hz) for name, part in zip(model.sources, _apart(audio, model))}
 
 
 def _apart(audio: np.ndarray, model: Any) -> torch.Tensor:

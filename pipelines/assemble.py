@@ -181,6 +181,7 @@ def entry(row: Row, work_id: str, facts: dict[str, Any], group: str, config: Ass
         "duration_seconds": facts["duration_seconds"],
         "source_sha256": facts["source_sha256"],
         "pcm_sha256": facts["pcm_sha256"],
+        **({"stems": facts["stems"]} if "stems" in facts else {}),
     }
     name = f"shards/{split}-{bucket_of(track_id, config.buckets):05d}.tar"
     return Entry(track_id, work_id, split, name, meta, facts, shard.json_bytes(meta))

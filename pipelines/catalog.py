@@ -45,6 +45,7 @@ COLUMNS = {
     "region": "text",
     "era": "text",
     "descriptions": "descriptions",
+    "stems": "addresses",
     "rights": "record",
 }
 RIGHTS = {
@@ -67,6 +68,7 @@ _KIND_WORDS = {
     "number": "a number",
     "descriptions": 'a list of {"text", "language"}',
     "record": "an object",
+    "addresses": 'an object {"name": "address"}',
     "records": "a list of objects",
     "date": "a date YYYY-MM-DD",
     "list": "a list",
@@ -278,8 +280,7 @@ def _judged(row: Row) -> Row:
 
 def _empty() -> dict[str, Any]:
     values: dict[str, Any] = {n: [] if k in ("texts", "descriptions") else None for n, k in COLUMNS.items()}
-    values["rights"] = {}
-    return values
+    return values | {"rights": {}, "stems": {}}
 
 
 def _empty_rights() -> dict[str, Any]:
@@ -287,17 +288,18 @@ def _empty_rights() -> dict[str, Any]:
 
 
 def _unflatten(item: dict[str, Any]) -> dict[str, Any]:
-    """`rights.licence` and friends gathered into `rights`; absent values left out."""
-    result = {n: v for n, v in item.items() if not (isinstance(n, str) and n.startswith("rights.")) and not _absent(v)}
-    flat = {n.removeprefix("rights."): v for n, v in item.items() if isinstance(n, str) and n.startswith("rights.")}
-    flat = {n: v for n, v in flat.items() if not _absent(v)}
-    if flat:
-        record = result.get("rights", {})
+    """`rights.licence` and friends gathered into `rights`, `stems.drums` into `stems`; absent values left out."""
+    result = {n: v for n, v in item.items() if not _absent(v)}
+    for column in ("rights", "stems"):
+        flat = {n: result.pop(n) for n in list(result) if isinstance(n, str) and n.startswith(f"{column}.")}
+        if not flat:
+            continue
+        record = result.get(column, {})
         if isinstance(record, str):
             with contextlib.suppress(_WrongType):  # what it holds instead is told when it is converted
                 record = _json(record)
         if isinstance(record, dict):
-            result["rights"] = {**record, **flat}
+            result[column] = {**record, **{n.removeprefix(f"{column}."): v for n, v in flat.items()}}
     return result
 
 
@@ -398,6 +400,13 @@ def _record(value: Any, from_text: bool) -> dict[str, Any]:
     return {k: v for k, v in value.items() if not _absent(v)}
 
 
+def _addresses(value: Any, from_text: bool) -> dict[str, str]:
+    record = _record(value, from_text)
+    if bad := [v for v in record.values() if not isinstance(v, str)]:
+        raise _WrongType(f"an object with {_name(bad[0])} in it")
+    return {str(name).strip(): uri.strip() for name, uri in record.items()}
+
+
 def _records(value: Any, from_text: bool) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         raise _WrongType(_name(value))
@@ -427,6 +436,7 @@ _CONVERTERS: dict[str, Callable[[Any, bool], Any]] = {
     "texts": _texts,
     "descriptions": _descriptions,
     "record": _record,
+    "addresses": _addresses,
     "records": _records,
     "date": _date,
     "list": _list,
@@ -443,6 +453,11 @@ def _value_problems(values: dict[str, Any]) -> Iterable[str]:
         yield f"uri is {values['uri']!r}, with control characters"
     if values["track_id"] and (len(values["track_id"]) > 200 or not values["track_id"].isprintable()):
         yield "track_id is longer than 200 characters or holds control characters"
+    for name, uri in values["stems"].items():
+        if not name or len(name) > 100 or not name.isprintable():
+            yield f"stems: the name {name[:100]!r} is empty, longer than 100 characters or holds control characters"
+        if any(ord(c) < 32 for c in uri):
+            yield f"stems.{name} is {uri!r}, with control characters"
     bpm = values["bpm"]
     if bpm is not None and not (math.isfinite(bpm) and 20 <= bpm <= 400):
         yield f"bpm is {bpm:g}; allowed: 20 to 400"

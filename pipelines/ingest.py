@@ -56,7 +56,9 @@ class IngestConfig:
         channels: 1, or 2 for stereo tokens of a mono codec: left and right apart, twice the codebooks.
         chroma_variants: degraded versions of each track whose chroma is kept for the training of melody models
             (`batch.augment.variants`): equalised and noisy, see `musicgen.degrade`.
-        chroma_stems: let them be other mixes of the stems as well (the extra `stems`; slow without a GPU).
+        chroma_stems: let them be other mixes of the stems as well: of those that the catalogue's column `stems` names;
+            of a track without, as Demucs separates them (the extra `stems`; slow without a GPU).
+        melody_stems: take the melody of every track from its stems without drums and bass, as the paper does.
         analysis: `essentia`, `builtin`, or `auto` for essentia where it is installed.
         seed: of the caption variants.
         buckets: hash buckets per split, one shard each; fixed when the set is created.
@@ -74,6 +76,7 @@ class IngestConfig:
     channels: int = 1
     chroma_variants: int = 0
     chroma_stems: bool = False
+    melody_stems: bool = False
     analysis: str = "auto"
     seed: int = 0
     buckets: int = 16
@@ -125,6 +128,7 @@ def identity(config: IngestConfig, codec: Codec) -> dict[str, Any]:
         # A set without them is what it was before they could be had.
         **({"chroma_variants": config.chroma_variants} if config.chroma_variants else {}),
         **({"chroma_stems": True} if config.chroma_stems else {}),
+        **({"melody_stems": True} if config.melody_stems else {}),
     }
 
 
@@ -190,6 +194,7 @@ class Source:
     place: Place
     work_id: str
     size: int
+    stems: tuple[tuple[str, Place], ...] = ()
 
 
 class Ingest:
@@ -204,11 +209,12 @@ class Ingest:
         self.identity = identity(config, self.codec)
         self.hash = settings_hash(self.identity)
         refuse_other_settings(self.root, self.identity, self.codec.name)
-        if config.chroma_stems:
-            stages.separator()  # what is missing is said before the work begins
         self.previous = Previous(self.root)
         self.rejects: list[tuple[Row, Reject, str | None]] = []
         self.admitted = self._gate()
+        self.stems = config.chroma_stems or config.melody_stems
+        if self.stems and not all(row.values["stems"] for row in self.admitted):  # said before the work begins
+            stages.separator("melody_stems" if config.melody_stems else "chroma_stems")
         self.sources = self._sources()
         self.kept = stages.kept(self.work)
         self.facts: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -232,21 +238,25 @@ class Ingest:
 
     def _sources(self) -> list[Source]:
         """Admitted rows whose audio exists; the others are rejected as `missing`."""
-        places: list[tuple[Row, Place]] = []
+        rows: list[tuple[Row, list[tuple[str, Place]]]] = []  # of each its track, called "", and its stems
         for row in self.admitted:
+            addresses = {"": row.values["uri"], **(row.values["stems"] if self.stems else {})}
             try:
-                places.append((row, self.catalog.folder.join(row.values["uri"])))
+                rows.append((row, [(name, self.catalog.folder.join(uri)) for name, uri in addresses.items()]))
             except UserError as error:
                 self.rejects.append((row, Reject("source", "missing", catalog.short(str(error))), None))
+        infos = iter(found([place for _, places in rows for _, place in places]))
         sources = []
-        for (row, place), info in zip(places, found([place for _, place in places])):
-            if isinstance(info, str) or info.type != pafs.FileType.File:
-                why = f"no file at {row.values['uri'][:300]!r}" + (f": {info}" if isinstance(info, str) else "")
+        for row, places in rows:
+            files: list[tuple[str, Place, Any]] = [(name, place, next(infos)) for name, place in places]
+            if why := "; ".join(filter(None, (_missing(row, name, info) for name, _, info in files))):
                 self.rejects.append((row, Reject("source", "missing", catalog.short(why)), None))
                 continue
-            state = f"{row.track_id}\n{place.uri}\n{info.size}\n{info.mtime_ns}\n{self.hash}"
-            work_id = hashlib.sha256(state.encode()).hexdigest()[:32]
-            sources.append(Source(row, place, work_id, info.size))
+            state = f"{row.track_id}"
+            for name, place, info in files:
+                state += (f"\n{name}" if name else "") + f"\n{place.uri}\n{info.size}\n{info.mtime_ns}"
+            work_id = hashlib.sha256(f"{state}\n{self.hash}".encode()).hexdigest()[:32]
+            sources.append(Source(row, places[0][1], work_id, files[0][2].size, tuple(places[1:])))
         return sources
 
     def _learn(self) -> None:
@@ -332,7 +342,7 @@ class Ingest:
         self.work.make_folder()
         (self.work / "settings.json").write(json.dumps(self.identity, indent=1).encode())
         largest_first = sorted(todo, key=lambda s: (-s.size, s.work_id))
-        jobs = [Job(str(s.row.track_id), s.place, s.work_id, s.size) for s in largest_first]
+        jobs = [Job(str(s.row.track_id), s.place, s.work_id, s.size, s.stems) for s in largest_first]
         what = TrackSettings(
             self.config.checks,
             self.config.decode,
@@ -343,6 +353,7 @@ class Ingest:
             self.codec.channels,
             self.config.chroma_variants,
             self.config.chroma_stems,
+            self.config.melody_stems,
         )
         with _progress(self.console) as bar:
             task = bar.add_task("starting Ray", total=len(jobs), rate="")
@@ -424,6 +435,15 @@ class Ingest:
             console.print("[bold red]not usable for training[/]: no track is in the train split; see the rejects above")
         elif not total["tracks_by_split"]["valid"]:
             console.print("note: no track fell into the valid split; a larger splits.valid or more artists change that")
+
+
+def _missing(row: Row, name: str, info: Any) -> str:
+    """Why a track, or the stem of that name, is no file; empty when it is one."""
+    if not isinstance(info, str) and info.type == pafs.FileType.File:
+        return ""
+    uri = row.values["stems"][name] if name else row.values["uri"]
+    what = f"no file at {uri[:300]!r}" + (f": {info}" if isinstance(info, str) else "")
+    return f"stem {name!r}: {what}" if name else what
 
 
 def _exit_code(total: dict[str, Any]) -> int:

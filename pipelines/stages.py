@@ -27,6 +27,8 @@ from pipelines import analysis, audio, checks
 from pipelines.checks import CheckConfig, Reject
 from pipelines.store import Place
 
+STEM_SECONDS = 0.25  # a stem may be longer or shorter than its track by this much: lossy codecs add some padding
+
 
 @dataclass(frozen=True)
 class Job:
@@ -37,12 +39,14 @@ class Job:
         source: where the audio is.
         work_id: name of its result; changes with the source, the settings and the codec.
         size: bytes of the source, to make batches of similar work.
+        stems: name and place of each stem that the catalogue names, where the settings ask for stems.
     """
 
     track_id: str
     source: Place
     work_id: str
     size: int = 0
+    stems: tuple[tuple[str, Place], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class TrackSettings:
     """What decides a track's facts and codes, and the limits of decoding it.
 
     `codec` is a name for `load_codec`; `codec_identity` is what that name must mean on every machine. Of
-    `chroma_variants` degraded versions the chroma is kept as well, with `chroma_stems` of other mixes of the stems.
+    `chroma_variants` degraded versions the chroma is kept as well, with `chroma_stems` of other mixes of the stems;
+    with `melody_stems` the track's own chroma is that of its stems without drums and bass.
     """
 
     checks: CheckConfig
@@ -62,6 +67,7 @@ class TrackSettings:
     channels: int
     chroma_variants: int = 0
     chroma_stems: bool = False
+    melody_stems: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,8 @@ def prepare(job: Job, settings: TrackSettings, decoder: audio.Decoder) -> Prepar
         return _prepare(job, settings, decoder, data, sha256)
     except audio.DecodeError as error:
         return rejected("decode", error.code, error.message, sha256)
+    except StemError as error:
+        return rejected(error.stage, error.code, str(error), sha256)
     except MemoryError:
         return rejected("prepare", "oom", "preparing the track needs more memory than there is", sha256)
     except UserError:
@@ -158,7 +166,7 @@ def _prepare(job: Job, settings: TrackSettings, decoder: audio.Decoder, data: by
         return rejected(problem.stage, problem.code, problem.message, sha256)
     sound = audio.prepare(decoded.pcm, decoded.sample_rate_hz, settings.sample_rate_hz, settings.channels)
     mono = sound.mean(0, dtype=np.float32) if sound.shape[0] > 1 else sound[0]
-    facts = {
+    facts: dict[str, Any] = {
         "source_sha256": sha256,
         "pcm_sha256": audio.pcm_sha256(decoded),
         "duration_seconds": decoded.seconds,
@@ -170,26 +178,67 @@ def _prepare(job: Job, settings: TrackSettings, decoder: audio.Decoder, data: by
             "bytes": len(data),
         },
     }
-    chroma = chroma_bins(mono, settings.sample_rate_hz)
+    parts: dict[str, np.ndarray] = {}
+    if settings.chroma_stems or settings.melody_stems:
+        parts, facts["stems"] = stems_of(job, decoded, mono, settings, decoder)
+    melody = mono
+    if settings.melody_stems:
+        melody = sum((part for name, part in parts.items() if stems.has_melody(name)), np.zeros_like(mono))
+    chroma = chroma_bins(melody, settings.sample_rate_hz)
     if settings.chroma_variants:
-        chroma = np.stack([chroma, *variants(mono, decoded, audio.pcm_sha256(decoded), settings)])
+        mixed = list(parts.values()) if settings.chroma_stems else None
+        chroma = np.stack([chroma, *variants(mono, mixed, facts["pcm_sha256"], settings)])
     return Prepared(job, sound, chroma, facts)
 
 
-def variants(mono: np.ndarray, decoded: audio.Decoded, pcm_sha256: str, settings: TrackSettings) -> list[np.ndarray]:
-    """Chroma [T_c] of the degraded versions of a track, drawn by its sound alone.
+class StemError(Exception):
+    """A stem that the catalogue names is missing, unreadable, or of another length."""
+
+    def __init__(self, stage: str, code: str, message: str) -> None:
+        super().__init__(message)
+        self.stage, self.code = stage, code
+
+
+def stems_of(
+    job: Job, decoded: audio.Decoded, mono: np.ndarray, settings: TrackSettings, decoder: audio.Decoder
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Stems of a track, each mono as long as `mono` [N], by name, and where they are from: the catalogue, or Demucs.
 
     Raises:
-        UserError: stems are asked for and demucs or its weights are missing.
+        StemError: of the catalogue's stems.
+        UserError: the catalogue names none, and demucs or its weights are missing.
     """
+    rate = settings.sample_rate_hz
+    if not job.stems:
+        wide = audio.prepare(decoded.pcm, decoded.sample_rate_hz, stems.SAMPLE_RATE, 2)
+        apart = stems.separate(wide, rate, separator("melody_stems" if settings.melody_stems else "chroma_stems"))
+        return {name: _fitted(part, len(mono)) for name, part in apart.items()}, {"from": stems.MODEL}
+    parts, hashes = {}, {}
+    for name, place in job.stems:
+        try:
+            data = fetch(place)
+            found = decoder.decode(data)
+            audio.verify(found, settings.checks)
+        except OSError as error:
+            raise StemError("source", "missing", f"stem {name!r} at {place} cannot be read: {error}") from error
+        except audio.DecodeError as error:
+            raise StemError("decode", error.code, f"stem {name!r}: {error.message}") from error
+        if abs(found.seconds - decoded.seconds) > STEM_SECONDS:
+            message = f"stem {name!r} lasts {found.seconds:.2f} s, the track {decoded.seconds:.2f} s"
+            raise StemError("check", "stem_mismatch", message)
+        part = audio.prepare(found.pcm, found.sample_rate_hz, rate, 1)[0]
+        parts[name], hashes[name] = _fitted(part, len(mono)), hashlib.sha256(data).hexdigest()
+    return parts, {"from": "catalogue", "sha256": hashes}
+
+
+def variants(
+    mono: np.ndarray, parts: list[np.ndarray] | None, pcm_sha256: str, settings: TrackSettings
+) -> list[np.ndarray]:
+    """Chroma [T_c] of the degraded versions of a track [N] (or of its stems), drawn by its sound alone."""
     from musicgen.chroma import chroma_bins
     from musicgen.degrade import degraded
 
-    rate, parts = settings.sample_rate_hz, None
-    if settings.chroma_stems:
-        wide = audio.prepare(decoded.pcm, decoded.sample_rate_hz, stems.SAMPLE_RATE, 2)
-        parts = [_fitted(part, len(mono)) for part in stems.separate(wide, rate, separator())]
-    seed = int(pcm_sha256[:16], 16)
+    rate, seed = settings.sample_rate_hz, int(pcm_sha256[:16], 16)
     return [
         chroma_bins(degraded(mono, (seed, number), rate, parts), rate)
         for number in range(1, settings.chroma_variants + 1)
@@ -202,9 +251,9 @@ def _fitted(part: np.ndarray, samples: int) -> np.ndarray:
 
 
 @functools.cache
-def separator() -> Any:
-    """The separator of this process; raises `UserError` where demucs or its weights are missing."""
-    return stems.load("chroma_stems")
+def separator(setting: str) -> Any:
+    """The separator of this process; raises `UserError` naming the setting where demucs or its weights are missing."""
+    return stems.load(setting)
 
 
 def encode(prepared: Prepared, codec: codecs.Codec) -> Result:

@@ -1,14 +1,19 @@
 """How well does a melody model follow its guide, and does augmentation help where the guide is worse?
 
-    python -m pipelines.ingest --catalog data/assets/music/catalog.jsonl --out data/melody --chroma_variants 3
-    python -m training.melody_check --data data/melody --runs runs/melody
+    python -m pipelines.demo.catalogue --out data/stems --hours 4 --stems
+    python -m pipelines.ingest --catalog data/stems/catalog.jsonl --out data/melody --chroma_variants 3
+    python -m pipelines.ingest --catalog data/stems/catalog.jsonl --out data/mixes --chroma_variants 3 \\
+        --chroma_stems true
+    python -m training.melody_check --data data/melody --mixes data/mixes --runs runs/melody
 
-Two models of the same start, steps and crops are trained by `training.train`, one on melodies as they are, one with
-`batch.augment`. Both then make clips after held-out tracks: with the track's own chroma, and with that of its sound
-equalised and in noise (`musicgen.degrade`), with holes, and with frames out of step. The figure is the share of the
-chroma frames in which clip and guide have the same dominant pitch class; the guide is always the clean one. Clips
-without a melody stand beside as what luck brings, the losses on held-out crops with the right melody and with another
-track's as what the model has learned to hear.
+Models of the same start, steps and crops are trained by `training.train`: one on melodies as they are, one with
+`batch.augment`, one with the same whose variants are other mixes of the stems besides. All then make clips after
+held-out tracks: with the track's own chroma, with that of its sound equalised and in noise (`musicgen.degrade`), with
+holes, with frames out of step, and with that of another mix. The figure is the share of the chroma frames in which clip
+and guide have the same dominant pitch class; the guide is always the clean one. Differences from the model trained on
+melodies as they are come with their standard error over the clips. Clips without a melody stand beside as what luck
+brings, the losses on held-out crops with the right melody and with another track's as what the model has learned to
+hear.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ from training.augment import AugmentConfig
 from training.data import BatchConfig, validation_batches
 
 AUGMENTED = AugmentConfig(frame_dropout=0.15, frame_jitter=0.2, variants=0.5)
-GUIDES = ("clean", "noisy", "holes", "jitter")
+FIRST = 64  # codec frames left out at the start of a track, exactly ten of the chroma
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,11 @@ class MelodyCheckConfig:
     Args:
         init: the release that both trainings start from, which gets a melody input; empty trains from nothing.
         data: a data set ingested with `chroma_variants`, with validation tracks.
-        runs: folder of the two runs, `plain` and `augmented`; those that are done are only measured.
+        mixes: the same with `chroma_stems` as well, for a third model and guides in another mix; empty goes without.
+        runs: folder of the runs, `plain`, `augmented` and `mixes`; those that are done are only measured.
         steps: length of each training.
         arguments: more settings of both trainings.
-        clips: held-out guides, one clip each.
+        clips: held-out guides, one clip each; every track gives one before any gives two.
         crop_seconds: of the crops that are trained and scored on.
         duration: seconds of each clip.
         seed: seeds of the clips count up from here; the guides are degraded by it.
@@ -58,10 +64,11 @@ class MelodyCheckConfig:
 
     init: str = "demo"
     data: str = "data/melody"
+    mixes: str = ""
     runs: str = "runs/melody"
     steps: int = 2500
     arguments: tuple[str, ...] = ()
-    clips: int = 64
+    clips: int = 128
     crop_seconds: float = 5.0
     duration: float = 5.0
     seed: int = 0
@@ -69,12 +76,17 @@ class MelodyCheckConfig:
     out: str | None = None
     augment: AugmentConfig = field(default_factory=lambda: AUGMENTED)
 
+    @property
+    def trainings(self) -> tuple[str, ...]:
+        """Names of the runs."""
+        return ("plain", "augmented", "mixes") if self.mixes else ("plain", "augmented")
+
 
 def arguments(config: MelodyCheckConfig, name: str) -> list[str]:
-    """The command line of one training, `plain` or `augmented`."""
+    """The command line of one training, `plain`, `augmented` or `mixes`."""
     values: dict[str, Any] = {
         "size": "demo",
-        "data": config.data,
+        "data": config.mixes if name == "mixes" else config.data,
         "run": f"{config.runs}/{name}",
         "steps": config.steps,
         "init": config.init,
@@ -95,18 +107,19 @@ def arguments(config: MelodyCheckConfig, name: str) -> list[str]:
         "log.valid_every": 100,
         "log.clips": 0,
     }
-    if name == "augmented":
+    if name != "plain":
         values |= {f"batch.augment.{key}": value for key, value in settings.to_dict(config.augment).items()}
     return [w for key, value in values.items() for w in (f"--{key}", str(value))] + list(config.arguments)
 
 
-def guides(sound: np.ndarray, sample_rate_hz: int, seed: int) -> dict[str, np.ndarray]:
-    """Pitch classes [T_c] of a guide `[N]`, clean and in each of the worse forms."""
+def guides(sound: np.ndarray, sample_rate_hz: int, seed: int, mix: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Pitch classes [T_c] of a guide `[N]`, clean and in each of the worse forms; `mix` is that of another mix."""
     clean = chroma_bins(sound, sample_rate_hz)
     _, lost = augment.frames(len(clean), AugmentConfig(frame_dropout=0.3), (seed, 1))
     source, _ = augment.frames(len(clean), AugmentConfig(frame_jitter=0.5), (seed, 2))
     noisy = chroma_bins(degraded(sound, (seed, 3), sample_rate_hz), sample_rate_hz)
-    return {"clean": clean, "noisy": noisy, "holes": np.where(lost, np.uint8(NONE), clean), "jitter": clean[source]}
+    found = {"clean": clean, "noisy": noisy, "holes": np.where(lost, np.uint8(NONE), clean), "jitter": clean[source]}
+    return found if mix is None else {**found, "mix": mix}
 
 
 def losses(model: generate.MusicGen, data: ShardSet, crop_seconds: float) -> dict[str, float]:
@@ -129,14 +142,34 @@ def losses(model: generate.MusicGen, data: ShardSet, crop_seconds: float) -> dic
 
 def agreement(
     model: generate.MusicGen, melodies: Sequence[np.ndarray | None], sounds: Sequence[np.ndarray], config: Any
-) -> float:
-    """Mean share of frames in which a clip made after a melody (or none) agrees with the clean guide's sound."""
+) -> np.ndarray:
+    """Share of frames of each clip [clips], made after a melody (or none), that agree with the clean guide's sound."""
     prompts: list[str | None] = [None] * len(sounds)
     seeds = [config.seed + i for i in range(len(sounds))]
     given = None if melodies[0] is None else torch.from_numpy(np.stack([m for m in melodies if m is not None]))
     sampling = SamplingConfig(guidance=config.guidance)
     made, _ = generate.generate(model, prompts, config.duration, seeds, sampling, melodies=given)
-    return float(np.nanmean([chroma_agreement(s, clip[0]) for s, clip in zip(sounds, made)]))
+    return np.array([chroma_agreement(s, clip[0]) for s, clip in zip(sounds, made)])
+
+
+def windows(data: ShardSet, rows: Sequence[int], frames: int, count: int) -> list[tuple[int, int]]:
+    """Up to `count` stretches (row, first codec frame) of `frames` frames, the first of every track to begin with."""
+    step = -(-frames // FIRST) * FIRST  # a whole number of chroma frames
+    places = [(start, row) for row in rows for start in range(FIRST, int(data.codes(row).shape[1]) - frames + 1, step)]
+    return [(row, start) for start, row in sorted(places)[:count]]
+
+
+def compared(shares: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
+    """Mean agreement by training and guide, with difference from `plain` and its standard error over the clips."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, by_guide in shares.items():
+        found[name] = {}
+        for guide, values in by_guide.items():
+            difference = values - shares["plain"][guide]
+            error = float(np.nanstd(difference, ddof=1) / np.sqrt(np.isfinite(difference).sum()))
+            mean = float(np.nanmean(values))
+            found[name][guide] = {"mean": mean, "difference": float(np.nanmean(difference)), "error": error}
+    return found
 
 
 def check(config: MelodyCheckConfig) -> dict[str, Any]:
@@ -151,34 +184,59 @@ def check(config: MelodyCheckConfig) -> dict[str, Any]:
         raise UserError(
             f"DATA={config.data!r} needs validation tracks and degraded chroma; ingest with --chroma_variants 3"
         )
-    for name in ("plain", "augmented"):
+    other = mixes_of(config, data) if config.mixes else {}
+    for name in config.trainings:
         train.main(arguments(config, name))
-    models = {name: generate.load(f"{config.runs}/{name}/release") for name in ("plain", "augmented")}
+    models = {name: generate.load(f"{config.runs}/{name}/release") for name in config.trainings}
     codec = models["plain"].codec
     frames = round(config.duration * codec.frame_rate)
-    long_enough = [int(row) for row in held_out if data.codes(int(row)).shape[1] >= frames + 50][: config.clips]
-    sounds = []
-    for row in long_enough:
-        codes = torch.from_numpy(data.codes(row)[:, 50 : 50 + frames].astype(np.int64))[None]
+    places = windows(data, [int(row) for row in held_out], frames, config.clips)
+    sounds, given = [], []
+    for number, (row, start) in enumerate(places):
+        codes = torch.from_numpy(data.codes(row)[:, start : start + frames].astype(np.int64))[None]
         sounds.append(codec.decode(codes)[0].mean(0).cpu().numpy())
-    given = [guides(sound, codec.sample_rate, config.seed + i) for i, sound in enumerate(sounds)]
-    kept = {name: float(np.mean([(g[name] == g["clean"]).mean() for g in given])) for name in GUIDES}
-    results = {}
+        first, length = start * codec.sample_rate / codec.frame_rate / HOP, 1 + sounds[-1].size // HOP
+        mix = other[row][round(first) : round(first) + length] if other else None
+        given.append(guides(sounds[-1], codec.sample_rate, config.seed + number, mix))
+    kept = {name: float(np.mean([(g[name] == g["clean"]).mean() for g in given])) for name in given[0]}
+    none: list[np.ndarray | None] = [None] * len(sounds)
+    shares: dict[str, dict[str, np.ndarray]] = {}
     for name, model in models.items():
-        by_guide = {guide: agreement(model, [g[guide] for g in given], sounds, config) for guide in GUIDES}
-        none: list[np.ndarray | None] = [None] * len(sounds)
-        results[name] = {
-            "step": model.info["training"]["step"],
-            "loss": losses(model, data, config.crop_seconds),
-            "agreement": {**by_guide, "none": agreement(model, none, sounds, config)},
-        }
+        shares[name] = {guide: agreement(model, [g[guide] for g in given], sounds, config) for guide in kept}
+        shares[name]["none"] = agreement(model, none, sounds, config)
+    figures = compared(shares)
     return {
         "settings": settings.to_dict(config),
         "data_version": data.info["dataset_version"],
         "clips": len(sounds),
         "guides_unchanged": kept,
-        "models": results,
+        "models": {
+            name: {
+                "step": model.info["training"]["step"],
+                "loss": losses(model, data, config.crop_seconds),
+                "agreement": figures[name],
+            }
+            for name, model in models.items()
+        },
     }
+
+
+def mixes_of(config: MelodyCheckConfig, data: ShardSet) -> dict[int, np.ndarray]:
+    """Chroma [T_c] of another mix of each validation track, by its row in `data`.
+
+    Raises:
+        UserError: `mixes` holds other tracks, or none in other mixes.
+    """
+    mixes = ShardSet.open(config.mixes)
+    if not mixes.info["settings"].get("chroma_stems") or mixes.info["codec"] != data.info["codec"]:
+        raise UserError(
+            f"mixes={config.mixes!r} must be DATA's catalogue ingested by the same codec with --chroma_stems true"
+        )
+    rows = {mixes.meta(int(row))["track_id"]: int(row) for row in mixes.rows("valid")}
+    names = {int(row): data.meta(int(row))["track_id"] for row in data.rows("valid")}
+    if lacking := sorted(set(names.values()) - set(rows)):
+        raise UserError(f"mixes={config.mixes!r} lacks tracks of DATA: {', '.join(lacking[:5])}; ingest one catalogue")
+    return {row: mixes.chromas(rows[name])[1] for row, name in names.items()}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -190,7 +248,11 @@ def main(argv: Sequence[str]) -> int:
         print(
             f"{name:<10}loss {loss['own']:.4f} with the melody, {loss['other']:.4f} with another's, {loss['none']:.4f} "
             f"without (step {of['step']}); same pitch class as the clean guide in {found['clips']} clips: "
-            + ", ".join(f"{guide} {share:.1%}" for guide, share in of["agreement"].items())
+            + ", ".join(
+                f"{guide} {share['mean']:.1%}"
+                + ("" if name == "plain" else f" ({100 * share['difference']:+.1f} ± {100 * share['error']:.1f})")
+                for guide, share in of["agreement"].items()
+            )
         )
     if out := found["settings"]["out"]:
         files.write_bytes(out, (json.dumps(found, indent=2) + "\n").encode())

@@ -43,6 +43,7 @@ class Voice:
     reverb: float
     events: list[Event] = field(default_factory=list)
     drum: bool = False
+    lead: bool = False
 
 
 @dataclass
@@ -260,7 +261,7 @@ def arrange(
     raw: list[tuple[Voice, list[Hit]]] = []
     lead_pan = rng.uniform(-0.18, 0.18)
     for who, name in enumerate(leads):
-        voice = Voice(name, INSTRUMENTS[name].program, -lead_pan if who else lead_pan, style.reverb)
+        voice = Voice(name, INSTRUMENTS[name].program, -lead_pan if who else lead_pan, style.reverb, lead=True)
         raw.append((voice, [hit for index, hit in hits if index == who]))
     flip = rng.choice((-1, 1))
     middle = pitches[len(pitches) // 2] + transpose

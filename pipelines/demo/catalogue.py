@@ -2,6 +2,7 @@
 
     python -m pipelines.demo.catalogue --out DIR --embedded          # the committed set, ~41 minutes
     python -m pipelines.demo.catalogue --out DIR --hours 12          # the same kind, FLAC 32 kHz stereo
+    python -m pipelines.demo.catalogue --out DIR --hours 4 --stems   # and each track's stems beside it
 
 A plan follows from the seed alone: tracks go through the styles in turn, each style through its artists
 (the one on the validation side has the smallest discography), each artist alternates between his
@@ -25,7 +26,7 @@ from pipelines.demo.arranger import Score, arrange
 from pipelines.demo.compose import compose
 from pipelines.demo.files import write
 from pipelines.demo.notation import LeadSheet
-from pipelines.demo.render import render
+from pipelines.demo.render import part_of, render, render_stems
 from pipelines.demo.rows import build_row, piece_title
 from pipelines.demo.styles import BY_LABEL, STYLES, Style, split_side
 from pipelines.demo.tunes import BY_ID, TUNES, sheet
@@ -166,15 +167,25 @@ def plan_hours(hours: float, seed: int) -> list[Track]:
     raise AssertionError("the plan never ends")
 
 
-def _render_one(job: tuple[Track, str]) -> tuple[str, float]:
-    """Render one track into a folder unless a whole file is there; (track id, seconds)."""
-    track, folder = job
+def stems_of(track: Track) -> dict[str, str]:
+    """Addresses of a track's stems by name, as its row names them."""
+    score = score_of(track)
+    names = dict.fromkeys(part_of(voice) for voice in score.voices)
+    return {name: f"stems/{track.track_id}/{name}.flac" for name in names}
+
+
+def _render_one(job: tuple[Track, str, bool]) -> tuple[str, float]:
+    """Render one track (and its stems) into a folder unless whole files are there; (track id, seconds)."""
+    track, folder, with_stems = job
     target = Path(folder, "audio", track.track_id + track.suffix)
     score = score_of(track)
-    if target.is_file() and _whole(target, score.seconds):
-        return track.track_id, score.seconds
-    samples = render(score, track.rate, track.peak_db)
-    write(target, samples, track.rate)
+    if not (target.is_file() and _whole(target, score.seconds)):
+        write(target, render(score, track.rate, track.peak_db), track.rate)
+    files = {name: Path(folder, uri) for name, uri in stems_of(track).items()} if with_stems else {}
+    if not all(file.is_file() and _whole(file, score.seconds) for file in files.values()):
+        for name, sound in render_stems(score, track.rate, track.peak_db).items():
+            files[name].parent.mkdir(parents=True, exist_ok=True)
+            write(files[name], sound, track.rate)
     return track.track_id, score.seconds
 
 
@@ -188,12 +199,12 @@ def _whole(path: Path, seconds: float) -> bool:
         return False
 
 
-def render_all(tracks: list[Track], out: Path, workers: int) -> None:
-    """Render every track with ``workers`` processes and a progress bar."""
+def render_all(tracks: list[Track], out: Path, workers: int, stems: bool = False) -> None:
+    """Render every track, with its stems if asked for, with ``workers`` processes and a progress bar."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     (out / "audio").mkdir(parents=True, exist_ok=True)
-    jobs = [(track, str(out)) for track in tracks]
+    jobs = [(track, str(out), stems) for track in tracks]
     columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not sys.stderr.isatty()) as bar, ProcessPoolExecutor(workers) as pool:
         task = bar.add_task("render", total=len(jobs))
@@ -201,11 +212,11 @@ def render_all(tracks: list[Track], out: Path, workers: int) -> None:
             bar.advance(task)
 
 
-def row_of(track: Track, deal_sha256: str | None = None) -> dict[str, object]:
+def row_of(track: Track, deal_sha256: str | None = None, stems: bool = False) -> dict[str, object]:
     """The catalogue row of a planned track; with ``deal_sha256`` under the demo deal instead of CC-BY-4.0."""
     style: Style = BY_LABEL[track.style]
     score = score_of(track)
-    return build_row(
+    row = build_row(
         track.track_id,
         f"audio/{track.track_id}{track.suffix}",
         track.title,
@@ -217,6 +228,7 @@ def row_of(track: Track, deal_sha256: str | None = None) -> dict[str, object]:
         track.seed,
         deal_sha256,
     )
+    return {**row, "stems": stems_of(track)} if stems else row
 
 
 def write_rows(rows: list[dict[str, object]], path: Path) -> None:
@@ -254,7 +266,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1, help="another seed gives another set (default 1)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--rows-only", action="store_true", help="write catalog.jsonl, render nothing")
+    parser.add_argument("--stems", action="store_true", help="render each track's stems too; with --hours")
     args = parser.parse_args(argv)
+    if args.stems and args.hours is None:
+        parser.error("--stems goes with --hours: the committed catalogue has none")
     if args.hours is not None and args.hours <= 0:
         parser.error(f"--hours {args.hours}: give a positive number of hours")
     if args.embedded:
@@ -265,9 +280,9 @@ def main(argv: list[str] | None = None) -> None:
     tracks = plan_hours(args.hours, args.seed)
     print(summary(tracks))
     args.out.mkdir(parents=True, exist_ok=True)
-    write_rows([row_of(track) for track in tracks], args.out / "catalog.jsonl")
+    write_rows([row_of(track, stems=args.stems) for track in tracks], args.out / "catalog.jsonl")
     if not args.rows_only:
-        render_all(tracks, args.out, args.workers)
+        render_all(tracks, args.out, args.workers, args.stems)
 
 
 if __name__ == "__main__":

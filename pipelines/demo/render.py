@@ -2,7 +2,8 @@
 
 FluidSynth (the command-line program) runs single-threaded and writes floating point, so nothing clips
 and two runs give the same bytes. The result is cut to the score's exact length, its last 0.7 s fade,
-and its peak is set to a level between −6 and −1.5 dBFS that the caller names.
+and its peak is set to a level between −6 and −1.5 dBFS that the caller names. `render_stems` does the same to
+drums, bass, melody and accompaniment apart, which add up to the piece.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import soundfile
 
-from pipelines.demo.arranger import LEAD_IN, Score
+from pipelines.demo.arranger import LEAD_IN, Score, Voice
 
 TICKS = 480
 MAX_OFFSET = 0.012
@@ -108,6 +111,30 @@ def high_pass(samples: np.ndarray, rate: int, corner: float = 20.0) -> np.ndarra
 
 def render(score: Score, rate: int = 32000, peak_db: float = -1.5) -> np.ndarray:
     """Samples float32 [frames, 2] of the score at ``rate`` Hz, peak at ``peak_db`` dBFS."""
+    return _finished([_played(score, rate)], rate, peak_db)[0]
+
+
+def render_stems(score: Score, rate: int = 32000, peak_db: float = -1.5) -> dict[str, np.ndarray]:
+    """The score by parts, each float32 [frames, 2]: drums, bass, melody, accompaniment, as far as it has them.
+
+    Their sum is the piece as `render` makes it, as far as the synthesiser adds its voices.
+    """
+    parts: dict[str, list[Voice]] = {}
+    for voice in score.voices:
+        parts.setdefault(part_of(voice), []).append(voice)
+    sounds = [_played(replace(score, voices=voices), rate) for voices in parts.values()]
+    return dict(zip(parts, _finished(sounds, rate, peak_db)))
+
+
+def part_of(voice: Voice) -> str:
+    """The stem that a voice belongs to; a bass is what mostly plays below C3 without having the melody."""
+    if voice.drum or voice.lead:
+        return "drums" if voice.drum else "melody"
+    return "bass" if voice.events and median(event.pitch for event in voice.events) < 48 else "accompaniment"
+
+
+def _played(score: Score, rate: int) -> np.ndarray:
+    """What FluidSynth makes of a score, float32 [frames, 2] of the score's length."""
     font = soundfont()
     if font is None or shutil.which("fluidsynth") is None:
         raise FileNotFoundError(
@@ -129,15 +156,23 @@ def render(score: Score, rate: int = 32000, peak_db: float = -1.5) -> np.ndarray
         if done.returncode or not target.is_file():
             raise RuntimeError(f"fluidsynth ended with {done.returncode}: {done.stderr.strip()[-300:]}")
         samples = soundfile.read(target, dtype="float32", always_2d=True)[0]
-    frames = round(score.seconds * rate)
-    out = np.zeros((frames, 2), np.float32)
-    count = min(frames, len(samples))
+    out = np.zeros((round(score.seconds * rate), 2), np.float32)
+    count = min(len(out), len(samples))
     out[:count] = samples[:count]
-    if np.abs(out.mean(0)).max() > MAX_OFFSET * np.abs(out).max():
-        out = high_pass(out, rate)
+    return out
+
+
+def _finished(parts: list[np.ndarray], rate: int, peak_db: float) -> list[np.ndarray]:
+    """Parts [frames, 2] of one piece without offset, faded out, all at the level at which their sum has the peak."""
+    out = []
+    whole = parts[0] if len(parts) == 1 else np.sum(parts, axis=0)
+    offset = np.abs(whole.mean(0)).max() > MAX_OFFSET * np.abs(whole).max()
     fade = round(0.7 * rate)
-    out[-fade:] *= (np.cos(np.linspace(0, np.pi, fade, dtype=np.float32)) * 0.5 + 0.5)[:, None]
-    peak = float(np.abs(out).max())
+    for part in parts:
+        sound = high_pass(part, rate) if offset else part
+        sound[-fade:] *= (np.cos(np.linspace(0, np.pi, fade, dtype=np.float32)) * 0.5 + 0.5)[:, None]
+        out.append(sound)
+    peak = float(np.abs(out[0] if len(out) == 1 else np.sum(out, axis=0)).max())
     if peak < 1e-4:
         raise RuntimeError("the rendered piece is silent: the soundfont may lack these instruments")
-    return out * np.float32(10 ** (peak_db / 20) / peak)
+    return [sound * np.float32(10 ** (peak_db / 20) / peak) for sound in out]

@@ -7,6 +7,7 @@ and says so when it is skipped.
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 from collections import Counter, defaultdict
 from functools import cache
@@ -18,6 +19,7 @@ import pytest
 import soundfile
 
 from pipelines import catalog
+from pipelines.demo import catalogue
 from pipelines.demo import render as rendering
 from pipelines.demo.catalogue import lead_sheet, plan, score_of, tunes_of
 from pipelines.demo.compose import DEGREES, compose, harmonise, key_name
@@ -174,6 +176,27 @@ def test_a_piece_renders_to_the_same_stereo_samples_twice():
     assert np.abs(samples[-160:]).max() < 0.01  # faded, not cut
     frames = np.sqrt((samples[: len(samples) // 3200 * 3200] ** 2).mean(1).reshape(-1, 3200).mean(1))
     assert (frames > 1e-3).mean() > 0.85
+
+
+@pytest.mark.skipif(
+    not rendering.available(), reason="fluidsynth or FluidR3_GM.sf2 is not installed: nothing to render with"
+)
+def test_stems_add_up_to_the_piece_and_are_named_in_its_row(tmp_path, monkeypatch):
+    tracks = [t for t in itertools.islice(plan("music", 5, (10.0, 12.0)), 14) if t.style == "blues rock"][:1]
+    monkeypatch.setattr(catalogue, "plan_hours", lambda hours, seed: tracks)
+    catalogue.main(["--out", str(tmp_path), "--hours", "0.01", "--stems", "--workers", "1"])
+    (row,) = [json.loads(line) for line in (tmp_path / "catalog.jsonl").read_text().splitlines()]
+    assert set(row["stems"]) == {"melody", "bass", "drums", "accompaniment"}
+    assert not catalog.validate([row], "demo")[0].problems
+    piece, rate = soundfile.read(tmp_path / row["uri"])
+    stems = {name: soundfile.read(tmp_path / uri)[0] for name, uri in row["stems"].items()}
+    assert all(stem.shape == piece.shape and np.abs(stem).max() > 0.01 for stem in stems.values())
+    assert np.sqrt(np.mean((sum(stems.values()) - piece) ** 2)) < 0.01 * np.sqrt(np.mean(piece**2))
+    low = {n: np.abs(np.fft.rfft(s[:, 0]))[: round(150 * len(s) / rate)].sum() for n, s in stems.items()}
+    assert low["bass"] > 2 * low["melody"]
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.flac")}
+    catalogue.main(["--out", str(tmp_path), "--hours", "0.01", "--stems", "--workers", "1"])
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.flac")}, "what is whole stays"
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"])

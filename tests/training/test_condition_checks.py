@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,9 @@ from musicgen.config import ConditionConfig, LMConfig, StyleConfig
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
 from musicgen.style import NONE as NO_CODE
+from pipelines.shard import ShardSet
 from tests.musicgen.test_degrade import RATE, tones
+from tests.training.synthetic import write_dataset
 from training import finetune, melody_check, style_check, train
 from training.data import Batch
 
@@ -40,13 +44,37 @@ def test_excerpts_of_another_track_and_none() -> None:
 
 def test_guides_are_worse_in_one_way_each_and_the_same_by_seed() -> None:
     sound = tones(12.0)
-    made, again, other = (melody_check.guides(sound, RATE, seed) for seed in (5, 5, 6))
-    assert set(made) == set(melody_check.GUIDES)
+    made, again, other = (melody_check.guides(sound, RATE, seed, None) for seed in (5, 5, 6))
+    assert set(made) == {"clean", "noisy", "holes", "jitter"}
+    assert melody_check.guides(sound, RATE, 5, made["holes"])["mix"] is made["holes"]
     assert all(np.array_equal(made[name], again[name]) for name in made)
     assert any(not np.array_equal(made[name], other[name]) for name in made)
     lost = made["holes"] == NONE
     assert 0.1 < lost.mean() < 0.5 and np.array_equal(made["holes"][~lost], made["clean"][~lost])
     assert 0 < (made["jitter"] != made["clean"]).mean() < 0.3, "only where the note changes"
+
+
+def test_guides_are_stretches_on_the_grid_of_the_chroma_first_of_each_track(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "set", size=64, valid=3, frames=(300, 600))
+    data = ShardSet.open(str(tmp_path / "set"))
+    rows = [int(row) for row in data.rows("valid")]
+    every = melody_check.windows(data, rows, 100, 1000)
+    assert [row for row, _ in every[: len(rows)]] == rows, "one of each before a second of any"
+    assert all(start % 32 == 0 and 64 <= start <= data.codes(row).shape[1] - 100 for row, start in every)
+    by_row = {row: sorted(start for r, start in every if r == row) for row in rows}
+    assert all(b - a >= 100 for starts in by_row.values() for a, b in itertools.pairwise(starts))
+    assert melody_check.windows(data, rows, 100, 2) == every[:2]
+
+
+def test_differences_from_the_plain_model_are_paired_by_clip() -> None:
+    rng = np.random.default_rng(1)
+    plain = rng.random(400)
+    better = plain + 0.01 + 0.001 * rng.standard_normal(400)
+    plain[0] = np.nan  # a silent clip counts for neither
+    found = melody_check.compared({"plain": {"clean": plain}, "augmented": {"clean": better}})
+    one, two = found["plain"]["clean"], found["augmented"]["clean"]
+    assert one["difference"] == one["error"] == 0 and two["mean"] == pytest.approx(better.mean())
+    assert two["difference"] == pytest.approx(0.01, abs=3e-4) and two["error"] == pytest.approx(5e-5, rel=0.2)
 
 
 def test_an_adapter_does_not_leave_a_new_input_untrained() -> None:
