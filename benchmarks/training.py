@@ -28,6 +28,7 @@ from benchmarks.models import write_t5
 from musicgen import settings
 from musicgen.errors import UserError
 from training.strategy import HardwareConfig
+from training.traffic import Traffic
 
 PHASES = tuple(f"seconds/{phase}" for phase in ("step", "data", "text", "forward", "backward", "optimizer"))
 
@@ -157,7 +158,9 @@ def _our_side(run: Any) -> tuple[Any, Callable[[], torch.Tensor]]:
     heads: Any = list(lm.linears)
     if run.hardware.compiles:
         here = devices.device_here(1, uses_gpu=run.hardware.uses_gpu)
-        strategy.prepare(lm, run.hardware, budget.choose(train.task_of(run), here, 1, checkpointing="none"), device)
+        strategy.prepare(
+            lm, run.hardware, budget.choose(train.task_of(run), here, 1, checkpointing="none"), device, Traffic()
+        )
 
     def value() -> torch.Tensor:
         hidden = lm.hidden(inputs, text, mask)

@@ -26,12 +26,12 @@ from musicgen import files
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
 from training import folder as folder_of
-from training import state, strategy
+from training import state, strategy, traffic
 from training.data import Batch
 from training.launch import SIGNALS, AskedToLeave
 from training.module import MusicLMModule
 from training.record import Record
-from training.watch import Stopwatch, communication_seconds
+from training.watch import Stopwatch
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -122,17 +122,22 @@ class Recorder(EachStep):
         self.record, self.every, self.stopwatch = record, every, stopwatch
         self.latest: dict[str, float] = {}
 
+    def wanted(self, step: int) -> bool:
+        """Whether the figures of this step make a line."""
+        return self.due(step, self.every) or step == 1
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any, **__: Any) -> None:
+        pl_module.traffic.wanted = self.wanted(pl_module.progress.step + 1)
+
     def after_step(self, trainer: pl.Trainer, module: MusicLMModule, step: int) -> None:
-        if not (self.due(step, self.every) or step == 1):
+        if not self.wanted(step):
             return
         metrics = module.step_metrics()
         seen = module.progress.audio_seconds_seen
         metrics |= {"train/audio_seconds": seen, "train/memory_gib": memory_gib()}
         metrics |= self.stopwatch.read(seen, step)
-        metrics |= {f"seconds/{phase}": seconds for phase, seconds in module.phases.read().items()}
-        talking = communication_seconds(trainer.strategy.model)
-        if talking is not None:
-            metrics["seconds/communication"] = talking
+        phases = module.phases.read() | traffic.of_copies(trainer.strategy.model) | module.traffic.read()
+        metrics |= {f"seconds/{phase}": seconds for phase, seconds in phases.items()}
         self.stopwatch.reset(seen, step)
         self.latest = metrics
         if self.record is not None:

@@ -24,6 +24,7 @@ from musicgen.lm import MusicLM
 from musicgen.style import Latents
 from training import loss, optim, plan, state, strategy
 from training.data import Batch
+from training.traffic import Traffic
 from training.watch import Phases
 
 
@@ -51,7 +52,7 @@ class MusicLMModule(pl.LightningModule):
         accumulate: parts per step.
         frame_rate: codec frames per second.
         seed: of the residual dropout, where the model has any.
-        prepare: (model, device) recomputes, compiles and shards the model once processes talk to each other.
+        prepare: (model, device, traffic) recomputes, compiles and shards the model once processes talk to each other.
         resume: the run's `state/` to go on from at `progress.step`; None starts anew.
         latents: the codec's frozen codebooks, for a model with a style.
         compiled: whether `prepare` compiles blocks: captions are then padded to a few lengths, and on a GPU the
@@ -69,7 +70,7 @@ class MusicLMModule(pl.LightningModule):
         accumulate: int = 1,
         frame_rate: float = 50.0,
         seed: int = 0,
-        prepare: Callable[[nn.Module, torch.device], None] | None = None,
+        prepare: Callable[[nn.Module, torch.device, Traffic], None] | None = None,
         resume: Path | None = None,
         latents: Latents | None = None,
         compiled: bool = False,
@@ -82,7 +83,7 @@ class MusicLMModule(pl.LightningModule):
         self.draws = lm.config.dropout > 0 or any(isinstance(m, nn.Dropout) and m.p > 0 for m in lm.modules())
         self._prepare, self.resume = prepare, resume
         self.progress = state.Progress(accumulate=accumulate)
-        self.phases = Phases()
+        self.phases, self.traffic = Phases(), Traffic()
         self.sums = torch.zeros(lm.config.num_codebooks)
         self.counts = torch.zeros(lm.config.num_codebooks)
         self.grad_norm = torch.zeros(())
@@ -99,7 +100,7 @@ class MusicLMModule(pl.LightningModule):
         """Shard, compile and so on, once (Lightning calls this as soon as the processes are connected)."""
         if self._prepare is not None:
             prepare, self._prepare = self._prepare, None
-            prepare(self.lm, self.trainer.strategy.root_device)
+            prepare(self.lm, self.trainer.strategy.root_device, self.traffic)
 
     def on_train_start(self) -> None:
         """Bring all that Lightning does not know to its device; start the average; restore a resumed run."""
@@ -125,6 +126,7 @@ class MusicLMModule(pl.LightningModule):
         )
         heads: list[Any] = list(self.lm.linears)
         style = None if batch.style is None or self._latents is None else self._latents(batch.style)
+        self.traffic.stand()  # until the weights outside the blocks are there, and those of the first
         heard = self.lm.hidden(inputs, hidden, mask, chroma=batch.chroma, attributes=batch.attributes, style=style)
         sums = loss.cross_entropy_sums(heard, heads, targets, scored, compiled=self.compiled)
         limits = patterns.scored_frames(
@@ -139,6 +141,7 @@ class MusicLMModule(pl.LightningModule):
             torch.manual_seed(hash((self.seed, batch.step, batch_index % self.accumulate, self.global_rank)))
         if batch_index % self.accumulate == 0:
             self.phases.begin(self.device)
+            self.traffic.begin(self.device)
         self.phases.mark("")  # what lies between two parts is no part of the model
         sums, counts = self.score(batch)
         if batch_index % self.accumulate == 0:
@@ -155,6 +158,7 @@ class MusicLMModule(pl.LightningModule):
 
     def on_after_backward(self) -> None:
         """The gradients of this part are made."""
+        self.traffic.go()
         self.phases.mark("backward")
 
     def _stop_at_non_finite(self) -> None:

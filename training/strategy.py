@@ -24,6 +24,7 @@ from musicgen.errors import UserError
 from musicgen.lm import MusicLM
 from musicgen.packing import cpu_multiplies_bf16
 from training.budget import Plan
+from training.traffic import Traffic
 
 if TYPE_CHECKING:
     from training.launch import Launched
@@ -222,10 +223,11 @@ def build_model(make: Callable[[], MusicLM], plan: Plan, rank: int) -> MusicLM:
     return make()
 
 
-def prepare(lm: nn.Module, config: HardwareConfig, plan: Plan, device: torch.device) -> None:
+def prepare(lm: nn.Module, config: HardwareConfig, plan: Plan, device: torch.device, traffic: Traffic) -> None:
     """Recompute, compile and shard the blocks of `lm` in place; parameter names stay as they are.
 
-    Called on every rank once processes talk to each other. Under sharding rank 0's weights are the ones that count.
+    Called on every rank once processes talk to each other. Under sharding rank 0's weights are the ones that count, and
+    `traffic` counts what is sent.
     """
     blocks: list[Any] = list(lm.transformer.layers)  # type: ignore[union-attr, arg-type]
     if config.compiles:
@@ -236,6 +238,7 @@ def prepare(lm: nn.Module, config: HardwareConfig, plan: Plan, device: torch.dev
             block.forward = torch.compile(block.forward, dynamic=False)
     if plan.shards > 1:
         _shard(lm, blocks, config, plan, device)
+        traffic.watch(lm, blocks, copies=plan.shards < plan.ranks)
 
 
 def _allow_graphs() -> None:

@@ -3,11 +3,8 @@
 `Stopwatch` times windows of steps from outside, `Phases` takes one step apart from inside. Phases lie end to end, so
 that with the wait for data they add up to the step: `text` is the frozen encoder, `forward` the model and the loss,
 `backward` the gradients with all traffic that does not hide behind them, `optimizer` clipping, update and average.
-On a GPU the marks are events in its queue, read when a line is logged: nothing waits in between.
-
-`communication` is the part of `backward` in which the ranks of a copied model (DDP) wait for each other, as torch's own
-reducer measures it on its sampled steps (the first ten, then every hundredth). Sharded layers (FSDP2) keep no such
-account; their traffic is seen in the trace of `log.profile_at`.
+On a GPU the marks are events in its queue, read when a line is logged: nothing waits in between. Which part of
+`forward` and `backward` is `communication` says `training.traffic`.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-NANOSECONDS = 1e-9
+from training.traffic import mark, passed
 
 
 class Phases:
@@ -32,19 +29,12 @@ class Phases:
     def begin(self, device: torch.device | None = None) -> None:
         """Start a new step, computed on `device`."""
         self._on_gpu = device is not None and device.type == "cuda"
-        self._marks = [("", self._now())]
+        self._marks = [("", mark(self._on_gpu))]
 
     def mark(self, phase: str) -> None:
         """What has passed since the last mark was `phase`; an empty one counts for nothing."""
         if self._marks:
-            self._marks.append((phase, self._now()))
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+            self._marks.append((phase, mark(self._on_gpu)))
 
     def read(self) -> dict[str, float]:
         """Seconds by phase of the step that was begun last."""
@@ -53,19 +43,8 @@ class Phases:
         found: dict[str, float] = {}
         for (_, before), (phase, after) in zip(self._marks, self._marks[1:]):
             if phase:
-                passed = before.elapsed_time(after) / 1000 if self._on_gpu else after - before
-                found[phase] = found.get(phase, 0.0) + passed
+                found[phase] = found.get(phase, 0.0) + passed(before, after)
         return found
-
-
-def communication_seconds(model: Any) -> float | None:
-    """Seconds per step in which the ranks of a copied model (DDP) talk while nobody computes; None for any other."""
-    account = getattr(model, "_get_ddp_logging_data", None)
-    if account is None:
-        return None
-    figures = account()
-    exposed = figures.get("avg_backward_comm_time", 0) - figures.get("avg_backward_compute_comm_overlap_time", 0)
-    return max(0.0, exposed * NANOSECONDS)
 
 
 class Stopwatch(pl.Callback):

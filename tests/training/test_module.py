@@ -72,7 +72,7 @@ def test_captions_of_one_bucket_take_one_graph(shards: ShardSet, encoder: TextEn
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(recompile_limit=8):
-        strategy.prepare(compiled.lm, compiles, plan, torch.device("cpu"))
+        strategy.prepare(compiled.lm, compiles, plan, torch.device("cpu"), compiled.traffic)
         assert torch._dynamo.config.recompile_limit == strategy.GRAPHS
         batch = data.Stream(shards, BATCH, seed=1).batch(0, 0)
         graphs = []

@@ -15,7 +15,7 @@ from musicgen import weights
 from tests.training.ranks import together
 from tests.training.synthetic import small_codec, write_dataset
 from tests.training.tiny_run import curves as metrics
-from training import state, train
+from training import record, state, train
 
 SMALL = shlex.split(
     "--size demo --codebook_init false --lm.dim 32 --lm.num_layers 2 --lm.num_heads 2 --lm.codebook_size 64 "
@@ -112,6 +112,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "asked" / "became").write_text("\n".join(first[5]))
     (folder / "spoiled" / "became").write_text("\n".join(second[2]))
     return folder
+
+
+@pytest.mark.parametrize("run", ["ddp", "fsdp", "full"])
+def test_seconds_of_communication_are_part_of_the_step(place: Path, run: str) -> None:
+    rows = [row for row in record.read_metrics(place / run / "metrics.jsonl") if "seconds/step" in row]
+    for row in rows[1:]:  # copies have no account before their first step
+        shown, total = row["seconds/communication"], row["seconds/communication_total"]
+        assert 0 < shown <= total < row["seconds/forward"] + row["seconds/backward"], row
 
 
 @pytest.mark.parametrize("run", ["ddp", "fsdp", "full", "selective"])

@@ -54,7 +54,7 @@ def test_phases_lie_end_to_end_and_make_the_step(run: Path, data: Path) -> None:
     row = rows[-1]  # steps are alike here, so one step's phases make up most of the mean step
     inside = sum(row[f"seconds/{phase}"] for phase in phases) + row["seconds/data"]
     assert 0.3 * row["seconds/step"] < inside < 3 * row["seconds/step"]
-    assert "seconds/communication" not in row  # one process talks to nobody
+    assert not any("communication" in name for name in row)  # one process talks to nobody
 
 
 def test_mfu_is_flop_by_time_by_peak() -> None:
