@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from training.traffic import Traffic
 
 SLOW = 0.03  # seconds, many times what a step of the model below takes
 LAYERS = 3
+GATHER, SCATTER = "all_gather_into_tensor", "reduce_scatter_tensor"  # before torch 2.13
 
 
 def test_what_two_lists_of_stretches_share() -> None:
@@ -44,14 +46,38 @@ def two() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+class Slowly(torch.autograd.Function):
+    """The same, at leisure on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        time.sleep(SLOW)
+        return gradient
+
+
 def sharded(account: Traffic) -> MusicLM:
+    """A small model whose blocks compute for long in the backward pass, the last one fetched when its turn comes."""
     torch.manual_seed(0)
     condition = ConditionConfig("minilm", 16)
     lm = MusicLM(LMConfig(dim=32, num_layers=LAYERS, num_heads=2, codebook_size=16, condition=condition))
+    blocks: list[Any] = list(lm.transformer.layers)
+    for block in blocks:
+        block.forward = lambda *inputs, forward=block.forward: Slowly.apply(forward(*inputs))
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    strategy.shard_blocks(lm, list(lm.transformer.layers), mesh, torch.float32)
-    account.watch(lm, list(lm.transformer.layers), copies=False)
+    strategy.shard_blocks(lm, blocks, mesh, torch.float32)
+    lm.set_modules_to_backward_prefetch([blocks[0]])  # type: ignore[operator]
+    account.watch(lm, blocks, copies=False)
     return lm
+
+
+def slowly(collective: Any, name: str, calls: list[str], *args: Any, **more: Any) -> Any:
+    calls.append(name)
+    time.sleep(SLOW)
+    return collective(*args, **more)
 
 
 def step(lm: MusicLM, account: Traffic) -> float:
@@ -66,25 +92,24 @@ def step(lm: MusicLM, account: Traffic) -> float:
 
 
 def test_every_block_that_is_waited_for_counts(two: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    gather, calls = getattr(dist, name), []
-
-    def slowly(*args: Any, **more: Any) -> Any:
-        calls.append(1)
-        time.sleep(SLOW)
-        return gather(*args, **more)
-
-    monkeypatch.setattr(dist, name, slowly)
+    calls: list[str] = []
+    newer = hasattr(dist, "all_gather_single")
+    gather, scatter = ("all_gather_single", "reduce_scatter_single") if newer else (GATHER, SCATTER)
+    for name in (gather, scatter):
+        monkeypatch.setattr(dist, name, functools.partial(slowly, getattr(dist, name), name, calls))
     account = Traffic()
     lm = sharded(account)
     step(lm, account)
     assert account.read() == {}, "not wanted, not counted"
     account.wanted, calls[:] = True, []
     seconds = step(lm, account)
-    assert len(calls) == 1 + 2 * LAYERS, "the root once, each block in both directions"
-    # The last block is fetched ahead while the loss goes back: where collectives have a queue of their own, that hides.
-    assert traffic.shared(account._talks, account._stands) == pytest.approx(SLOW * (len(calls) - 1), rel=0.2)
-    assert sum(end - begin for begin, end in account._stands) < seconds
+    assert calls.count(gather) == 1 + 2 * LAYERS, "the root once, each block in both directions"
+    assert calls.count(scatter) == 1 + LAYERS
+    # The first block is fetched while the loss goes back: where collectives have a queue of their own, that hides.
+    waited = SLOW * (len(calls) - 1)
+    assert traffic.shared(account._talks, account._stands) == pytest.approx(waited, rel=0.2)
+    stood = sum(end - begin for begin, end in account._stands)
+    assert stood < waited + SLOW < seconds - SLOW * (LAYERS - 1), "computing is no waiting"
     found = account.read()
     assert SLOW * len(calls) <= found["communication"] == found["communication_total"] < seconds
     assert account.read() == {}, "read once"
