@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from musicgen import settings
 from musicgen.errors import UserError
+from training.config import layout_settings, read_config, task_of
 
 PASSES = 12  # of a measured step at most: a batch of 192 takes 24 at 3.3b, and each spreads the update thinner
 
@@ -99,10 +100,10 @@ def training(config: GpuConfig) -> dict[str, Any]:
 
 def _planned(asked: Any, device: Any) -> tuple[Any, Any]:
     """The settings of a measured training, and the plan that it will follow on this device."""
-    from training import budget, train
+    from training import budget
 
-    run = train.read_config(asked.shape(), folders=False)
-    return run, budget.choose(train.task_of(run), device, 1, **train.layout_settings(run))
+    run = read_config(asked.shape(), folders=False)
+    return run, budget.choose(task_of(run), device, 1, **layout_settings(run))
 
 
 def codec(config: GpuConfig) -> dict[str, Any]:

@@ -27,6 +27,7 @@ import torch
 from benchmarks.models import write_t5
 from musicgen import settings
 from musicgen.errors import UserError
+from training.config import read_config, task_of
 from training.strategy import HardwareConfig
 from training.traffic import Traffic
 
@@ -103,10 +104,10 @@ def measure_parts(config: BenchConfig, data: str, encoder_name: str, repeats: in
     from musicgen.conditioning import TextEncoder
     from musicgen.lm import MusicLM
     from pipelines.shard import ShardSet
-    from training import loss, optim, train
+    from training import loss, optim
     from training.data import Batch, Stream
 
-    run = train.read_config(config.shape(encoder_name), folders=False)
+    run = read_config(config.shape(encoder_name), folders=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stream = Stream(ShardSet.open(data), run.batch, seed=0)
     encoder = TextEncoder.load(run.lm.condition.text_encoder).to(device)
@@ -150,7 +151,7 @@ def measure_parts(config: BenchConfig, data: str, encoder_name: str, repeats: in
 def _our_side(run: Any) -> tuple[Any, Callable[[], torch.Tensor]]:
     """Our model in training, compiled where training compiles it, and its loss on the batch of `_batch`."""
     from musicgen.lm import MusicLM
-    from training import budget, devices, loss, strategy, train
+    from training import budget, devices, loss, strategy
 
     inputs, targets, scored, mask, device = _batch(run)
     text = torch.randn(*mask.shape, run.lm.condition.text_dim, device=device)
@@ -159,7 +160,7 @@ def _our_side(run: Any) -> tuple[Any, Callable[[], torch.Tensor]]:
     if run.hardware.compiles:
         here = devices.device_here(1, uses_gpu=run.hardware.uses_gpu)
         strategy.prepare(
-            lm, run.hardware, budget.choose(train.task_of(run), here, 1, checkpointing="none"), device, Traffic()
+            lm, run.hardware, budget.choose(task_of(run), here, 1, checkpointing="none"), device, Traffic()
         )
 
     def value() -> torch.Tensor:
@@ -224,11 +225,11 @@ def _batch(run: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Te
 def _serve(side: Literal["ours", "transformers"], config: BenchConfig, threads: int, told: Any) -> None:
     """One side in a process of its own: makes a step of the precision that it is told, answers its seconds."""
     from musicgen import heap
-    from training import optim, train
+    from training import optim
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    run = train.read_config(config.shape(), folders=False)
+    run = read_config(config.shape(), folders=False)
     if side == "ours":
         heap.keep_freed()  # as every command of ours does
     model, make_loss = _our_side(run) if side == "ours" else _their_side(run)
@@ -265,9 +266,7 @@ def measure_peer(config: BenchConfig, rounds: int) -> dict[str, dict[str, float]
 
     from rich.progress import track
 
-    from training import train
-
-    run = train.read_config(config.shape(), folders=False)
+    run = read_config(config.shape(), folders=False)
     frames = run.batch.size * round(50 * run.batch.crop_seconds)
     spawn, sides = multiprocessing.get_context("spawn"), {}
     for name in ("ours", "transformers"):
@@ -314,9 +313,9 @@ def measure_peer(config: BenchConfig, rounds: int) -> dict[str, dict[str, float]
 
 def peer_lines(config: BenchConfig, peer: dict[str, dict[str, float]]) -> list[str]:
     """The comparison as text, with the FLOP that it amounts to and the rule they are counted by."""
-    from training import budget, train
+    from training import budget
 
-    run = train.read_config(config.shape(), folders=False)
+    run = read_config(config.shape(), folders=False)
     frames = round(50 * run.batch.crop_seconds)
     best = {name: max(kinds.values()) for name, kinds in peer.items()}
     per_frame = budget.train_flop(run.lm, frames) / frames

@@ -26,6 +26,7 @@ from typing import Any
 from musicgen import files, patterns, settings
 from musicgen.errors import UserError
 from training import budget, record, train
+from training.config import CONFIGS, TrainConfig, read_config, task_of
 
 # Table 4: columns of 30 s, FAD, KL, CLAP score as printed; OVL and REL were noted from memory (see UNVERIFIED).
 PAPER: dict[str, tuple[int, float, float, float, float, float]] = {
@@ -84,12 +85,12 @@ def equal_steps(steps: int, flop: float, reference: float) -> int:
     return max(round(steps * reference / flop), 1)
 
 
-def step_flop(config: train.TrainConfig) -> float:
+def step_flop(config: TrainConfig) -> float:
     """Model FLOP of one step by `budget.FLOP_RULE`."""
-    return config.batch.size * train.task_of(config).clip_flop
+    return config.batch.size * task_of(config).clip_flop
 
 
-def result_of(config: train.TrainConfig) -> dict[str, Any]:
+def result_of(config: TrainConfig) -> dict[str, Any]:
     """What a finished run came to: updates, audio, compute, and the losses of its last validation.
 
     Raises:
@@ -128,7 +129,7 @@ def run_all(config: AblateConfig, training: Sequence[str]) -> dict[str, Any]:
     lead = REFERENCE if REFERENCE in config.patterns else config.patterns[0]
     order = sorted(config.patterns, key=lambda name: name != lead)
     updates, compute = [], []
-    reference: train.TrainConfig | None = None
+    reference: TrainConfig | None = None
     for pattern in order:
         made = _config(config, training, pattern, pattern)
         reference = reference or made
@@ -148,12 +149,12 @@ def run_all(config: AblateConfig, training: Sequence[str]) -> dict[str, Any]:
     return {"updates": sorted(updates, key=by_place), "compute": sorted(compute, key=by_place), "reference": lead}
 
 
-def _config(config: AblateConfig, training: Sequence[str], pattern: str, name: str) -> train.TrainConfig:
-    layer = ["--config", str(train.CONFIGS / "ablate.yaml")]
-    return train.read_config([*layer, *training, "--lm.pattern", pattern, "--run", str(Path(config.out) / name)])
+def _config(config: AblateConfig, training: Sequence[str], pattern: str, name: str) -> TrainConfig:
+    layer = ["--config", str(CONFIGS / "ablate.yaml")]
+    return read_config([*layer, *training, "--lm.pattern", pattern, "--run", str(Path(config.out) / name)])
 
 
-def _train(config: train.TrainConfig) -> dict[str, Any]:
+def _train(config: TrainConfig) -> dict[str, Any]:
     print(f"\n{Path(config.run).name}: {config.steps} steps, {config.steps * step_flop(config):.3g} FLOP", flush=True)
     train.fit(config)
     return result_of(config)

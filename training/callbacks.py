@@ -8,9 +8,7 @@ done.
 from __future__ import annotations
 
 import json
-import os
 import resource
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ from musicgen.lm import MusicLM
 from training import folder as folder_of
 from training import state, strategy, traffic
 from training.data import Batch
-from training.launch import SIGNALS, AskedToLeave
+from training.launch import AskedToLeave
 from training.module import MusicLMModule
 from training.record import Record
 from training.watch import Stopwatch
@@ -312,8 +310,6 @@ class States(EachStep, AskedToLeave):
         elsewhere: number of a signal that reached another process and is meant for this one, 0 for none.
     """
 
-    signals = (*SIGNALS, signal.SIGINT)
-
     def __init__(
         self,
         folder: Path,
@@ -339,6 +335,7 @@ class States(EachStep, AskedToLeave):
             keep_every=self.config.state_keep_every,
             background=self.background,
         )
+        self.speaks = trainer.is_global_zero
         self.listen_to_signals()
 
     def after_step(self, trainer: pl.Trainer, module: MusicLMModule, step: int) -> None:
@@ -353,11 +350,6 @@ class States(EachStep, AskedToLeave):
         if leave and step != self.last_step:
             self.left_at = step
             trainer.should_stop = True
-
-    def _ask(self, number: int, frame: Any) -> None:
-        super()._ask(number, frame)
-        if number == signal.SIGINT and self.saver.rank == 0:  # print may be what the signal came into
-            os.write(2, b"\ninterrupted: saving after this step, then leaving; Ctrl-C once more leaves at once\n")
 
     def _save(self, trainer: pl.Trainer, module: MusicLMModule, *, must: bool) -> None:
         try:

@@ -17,7 +17,7 @@ from musicgen.errors import UserError
 
 if TYPE_CHECKING:
     from musicgen.lm import MusicLM
-    from training.train import TrainConfig
+    from training.config import TrainConfig
 
 
 def layers(configs: Path, size: str, *, init: bool, adapter: bool) -> list[Path]:

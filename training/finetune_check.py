@@ -29,10 +29,12 @@ from musicgen.errors import UserError
 from musicgen.metrics import audio as measures
 from musicgen.sampling import SamplingConfig
 from training import data, finetune, loss, record, rerecord, selection, sources, train
+from training.config import read_config
 from training.module import MusicLMModule
 from training.music_check import NOISE_FLATNESS, SILENT_SHARE
 from training.optim import OptimConfig
 from training.selection import Selection
+from training.start import load_codec
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def check(config: FinetuneCheckConfig) -> dict[str, Any]:
     place, names = config.data, whole.index.column("artist")
     if config.sound == "old_tape":
         mine = [r for r in range(len(whole)) if names[r].as_py() in artists]
-        place = str(rerecord.write(whole, mine, train.load_codec(whole, ""), Path(config.out) / "tape"))
+        place = str(rerecord.write(whole, mine, load_codec(whole, ""), Path(config.out) / "tape"))
     own, rest = sources.open_data(place), sources.open_data(config.data)
     selection.apply(own, chosen)
     others = [r for r in whole.rows("valid").tolist() if names[r].as_py() not in artists]
@@ -141,7 +143,7 @@ def check(config: FinetuneCheckConfig) -> dict[str, Any]:
     for name, more in (("whole", []), ("adapter", ["--lora.rank", str(config.rank)])):
         print(f"\n{name}: fine-tuning on {said['train_minutes']:.1f} min of {', '.join(artists)}", flush=True)
         run = out / name
-        settings_of = train.read_config([*common, *more, "--run", str(run)])
+        settings_of = read_config([*common, *more, "--run", str(run)])
         train.fit(settings_of)
         models[name] = (str(run / "release"), settings_of)
     batch = replace(models["whole"][1].batch, valid_crops=config.rest_crops)

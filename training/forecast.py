@@ -17,6 +17,7 @@ from musicgen.config import SIZES
 from musicgen.errors import UserError
 from training import budget
 from training.budget import Plan, Task
+from training.config import layout_settings, read_config, task_of
 from training.devices import DEVICES, GIB, Device, device_named, expected_mfu, rate_of
 
 ADAPTER = 16  # rank of the adapter that is named where a whole model does not fit
@@ -224,7 +225,6 @@ def rehearsed(plan: Plan) -> str:
 def main(argv: Sequence[str]) -> int:
     """Print a plan: `PlanConfig`, and all settings of training. Ends with exit code 2 where it cannot fit."""
     from musicgen import settings
-    from training import train
 
     own: list[str] = []
     rest: list[str] = []
@@ -243,17 +243,17 @@ def main(argv: Sequence[str]) -> int:
             "GPUS must be at least 1, per_node at least 0, mfu from 0 to 1"
         )
     device = device_named(wanted.gpu)
-    config = train.read_config(rest, folders=False)
+    config = read_config(rest, folders=False)
     mfu = wanted.mfu or expected_mfu(config.lm.dim)
     per_node = min(wanted.per_node or device.per_node, wanted.gpus)
     if wanted.gpus % per_node:
         raise UserError(f"GPUS={wanted.gpus} is not a multiple of the {per_node} of a node; give --per_node")
     plan = budget.choose(
-        replace(train.task_of(config), bf16=config.hardware.precision != "float32"),  # for GPUs, wherever it is printed
+        replace(task_of(config), bf16=config.hardware.precision != "float32"),  # for GPUs, wherever it is printed
         device,
         wanted.gpus,
         nodes=wanted.gpus // per_node,
-        **train.layout_settings(config),
+        **layout_settings(config),
         mfu=mfu,
     )
     rate, said = rate_of(device, bf16=True, mfu=mfu, assumed=bool(wanted.mfu))

@@ -60,15 +60,17 @@ def was_interrupted(error: BaseException) -> bool:
 class AskedToLeave:
     """Part of a callback that listens to signals while it trains: after Lightning, whose own answer saves nothing.
 
+    SIGTERM, SIGUSR1 and a first Ctrl-C are written down; a second Ctrl-C does what it did before.
+
     Attributes:
-        signals: those it listens to. A second Ctrl-C does what it did before.
         asked: number of the signal that came, 0 for none.
+        speaks: whether this process answers Ctrl-C on the terminal.
     """
 
-    signals: tuple[signal.Signals, ...] = SIGNALS
+    signals = (*SIGNALS, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.asked, self.speaks = 0, True
         self._before: dict[int, Any] = {}
 
     def listen_to_signals(self) -> None:
@@ -81,6 +83,12 @@ class AskedToLeave:
         self.asked = number
         if number == signal.SIGINT:
             signal.signal(number, self._before.pop(number))
+            if self.speaks:  # print may be what the signal came into
+                os.write(2, b"\ninterrupted: saving after this step, then leaving; Ctrl-C once more leaves at once\n")
+
+    def exit_code(self) -> int:
+        """Of a process that left because it was asked to."""
+        return EXIT_INTERRUPTED if self.asked == signal.SIGINT else EXIT_REQUEUE
 
     def restore_signals(self) -> None:
         """Signals do again what they did before."""

@@ -38,10 +38,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from musicgen import heap, settings
 from musicgen.errors import UserError
 from training import launch
+from training.config import TrainConfig
 from training.launch import EXIT_REQUEUE, SIGNALS
 
 if TYPE_CHECKING:
-    from training.train import TrainConfig
+    from training.config import TrainConfig
 
 
 class _Words:
@@ -221,7 +222,7 @@ def _work(given: dict[str, Any]) -> None:
         return
     if Path(given["folder"]).is_dir():
         os.chdir(given["folder"])
-    config = settings.from_dict(train.TrainConfig, given["config"])
+    config = settings.from_dict(TrainConfig, given["config"])
     hardware = dataclasses.replace(config.hardware, devices=1, nodes=1)
     asked = _Asked(words)
     try:

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from musicgen.conditioning import TextEncoder
     from musicgen.lm import MusicLM
     from training.callbacks import LogConfig
+    from training.config import TrainConfig
     from training.data import Batch
     from training.module import MusicLMModule
     from training.sources import Sources
-    from training.train import TrainConfig
 
 
 def release_info(

@@ -11,8 +11,8 @@ from training.data import tracks_of
 
 if TYPE_CHECKING:
     from musicgen.conditioning import TextEncoder
+    from training.config import TrainConfig
     from training.module import MusicLMModule
-    from training.train import TrainConfig
 
 
 def describe_data(shards: sources.Sources) -> str:

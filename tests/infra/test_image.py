@@ -13,7 +13,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from training import train
+from training.config import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,6 +100,6 @@ def test_the_readme_shows_each_in_under_ten_lines_with_commands_that_exist() -> 
             assert (ROOT / file).is_file(), file
         if "training.train" in words or "infra/train.sbatch" in words:
             at = words.index("training.train" if "training.train" in words else "infra/train.sbatch") + 1
-            asked.append(train.read_config([word for word in words[at:] if word != "--"]))
+            asked.append(read_config([word for word in words[at:] if word != "--"]))
     assert [config.ray.address for config in asked] == ["", "", "", "auto"]
     assert [config.hardware.devices for config in asked] == [8, 1, 1, 16]

@@ -20,7 +20,7 @@ import yaml
 
 from musicgen import settings
 from pipelines import ingest
-from training import train
+from training.config import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "infra" / "kuberay"
@@ -105,7 +105,7 @@ def test_what_a_manifest_says_agrees_with_itself_and_the_project(path: Path) -> 
 def test_the_entrypoints_are_commands_of_this_project() -> None:
     words = {path.name: shlex.split(read(path)["spec"]["entrypoint"]) for path in MANIFESTS}
     assert words["train.yaml"][:3] == ["python", "-m", "training.train"]
-    config = train.read_config(words["train.yaml"][3:])
+    config = read_config(words["train.yaml"][3:])
     (group,) = read(FOLDER / "train.yaml")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     gpus = int(limits["nvidia.com/gpu"])

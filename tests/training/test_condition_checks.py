@@ -19,7 +19,8 @@ from musicgen.style import NONE as NO_CODE
 from pipelines.shard import ShardSet
 from tests.musicgen.test_degrade import RATE, tones
 from tests.training.synthetic import write_dataset
-from training import finetune, melody_check, style_check, train
+from training import finetune, melody_check, style_check
+from training.config import TrainConfig
 from training.data import Batch
 
 
@@ -81,7 +82,7 @@ def test_an_adapter_does_not_leave_a_new_input_untrained() -> None:
     plain = LMConfig(dim=16, num_layers=1, num_heads=2, codebook_size=8, condition=ConditionConfig("minilm", 384))
     style = StyleConfig(dim=4, latent_dim=4, width=8, layers=1)
     wider = replace(plain, condition=replace(plain.condition, style=style))
-    config = train.TrainConfig(init="x", lm=wider, lora=AdapterConfig(rank=2))
+    config = TrainConfig(init="x", lm=wider, lora=AdapterConfig(rank=2))
     weights = MusicLM(plain).state_dict()
     with pytest.raises(UserError, match=r"has no .*style.*LORA=2 trains an adapter alone"):
         finetune.check_inputs(config, MusicLM(wider), weights)

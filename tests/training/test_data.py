@@ -4,11 +4,13 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from musicgen.conditioning import TextEncoder
 from musicgen.errors import UserError
 from pipelines.shard import ShardSet
 from tests.training.synthetic import STYLES, write_dataset
@@ -24,7 +26,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 CONFIG = BatchConfig(crop_seconds=4.0, size=8, workers=0)
 
 
-def stream(shards: ShardSet, config: BatchConfig = CONFIG, **more: int) -> data.Stream:
+def stream(shards: ShardSet, config: BatchConfig = CONFIG, **more: Any) -> data.Stream:
     return data.Stream(shards, config, seed=5, **more)
 
 
@@ -59,12 +61,26 @@ def test_stream_starts_anywhere_and_splits_in_any_way(shards: ShardSet) -> None:
     assert np.array_equal(parts[0].valid_frames, whole[1].valid_frames)
 
 
-def test_workers_read_the_same_in_the_same_order(shards: ShardSet) -> None:
+@pytest.mark.parametrize(("workers", "parts"), [(2, 1), (1, 2), (3, 2), (5, 4)])
+def test_workers_read_the_same_in_the_same_order(shards: ShardSet, workers: int, parts: int) -> None:
     alone = iter(data.training_loader(stream(shards)))
-    helped = iter(data.training_loader(stream(shards, BatchConfig(crop_seconds=4.0, size=8, workers=2))))
-    for _ in range(5):
-        a, b = next(alone), next(helped)
-        assert torch.equal(a.codes, b.codes) and a.texts == b.texts and a.step == b.step
+    config = BatchConfig(crop_seconds=4.0, size=8, workers=workers, accumulate=parts)
+    helped = iter(data.training_loader(stream(shards, config, start=1)))
+    next(alone)
+    for _ in range(4):
+        a, found = next(alone), [next(helped) for _ in range(parts)]
+        assert torch.equal(a.codes, torch.cat([b.codes for b in found])) and {b.step for b in found} == {a.step}
+        assert a.texts == [text for b in found for text in b.texts]
+
+
+def test_workers_make_the_tokens_that_the_encoder_would(shards: ShardSet) -> None:
+    encoder = TextEncoder.load("minilm")
+    config = BatchConfig(crop_seconds=4.0, size=32, workers=1)
+    batch = next(iter(data.training_loader(stream(shards, config, tokenize=encoder.tokenize))))
+    assert batch.tokens is not None and None in batch.texts, "captions, and some that were dropped"
+    for made, wanted in zip(encoder.encode(batch.tokens), encoder.encode(batch.texts)):
+        assert torch.equal(made, wanted)
+    assert next(iter(stream(shards, config))).tokens is None
 
 
 def test_captions_variants_and_dropouts(shards: ShardSet) -> None:

@@ -15,8 +15,9 @@ from musicgen.sampling import SamplingConfig
 from musicgen.windows import Windows, stream_codes
 from pipelines.shard import ShardSet
 from tests.training.synthetic import write_dataset
-from training import budget, devices, launch, strategy, train
+from training import budget, devices, launch, strategy
 from training import data as reading
+from training.config import TrainConfig, layout_settings, task_of
 from training.module import MusicLMModule
 from training.optim import OptimConfig
 
@@ -81,9 +82,9 @@ def test_it_learns_and_generates(pattern: str, encoder: TextEncoder, sets: dict[
 
     before = score()
     hardware = strategy.HardwareConfig(accelerator="cpu", precision="float32")
-    run = train.TrainConfig(lm=config, batch=BATCH, hardware=hardware, steps=steps)
+    run = TrainConfig(lm=config, batch=BATCH, hardware=hardware, steps=steps)
     device = devices.device_here(1, False)
-    plan = budget.choose(train.task_of(run, 50.0), device, 1, nodes=1, **train.layout_settings(run))
+    plan = budget.choose(task_of(run, 50.0), device, 1, nodes=1, **layout_settings(run))
     trainer = strategy.build_trainer(hardware, plan, steps=steps, callbacks=[], launched=launch.here())
     trainer.fit(module, train_dataloaders=reading.training_loader(stream))
     after = score()

@@ -22,6 +22,7 @@ from tests.training.synthetic import STYLES, write_dataset
 from tests.training.test_train import SMALL, fill_disk, same, tensors
 from tests.training.test_train import metrics as rows
 from training import budget, devices, finetune, finetune_check, forecast, rerecord, selection, sources, train
+from training.config import CONFIGS, read_config, task_of
 from training.selection import Selection
 
 LORA = shlex.split(
@@ -155,16 +156,16 @@ def test_what_an_adapter_cannot_do_is_refused(place: Path) -> None:
         write_dataset(place / "eight" / "data", size=64, books=8, tracks=6, valid=1)
         stereo = ["--lm.num_codebooks", "8", "--lm.pattern", "stereo_delay"]
         go(place / "eight", "run", "--init", str(place / "base" / "release"), *LORA, *stereo)
-    config = train.read_config(["--size", "300m", "--init", "x", "--lora.rank", "16"], folders=False)
+    config = read_config(["--size", "300m", "--init", "x", "--lora.rank", "16"], folders=False)
     device = devices.device_named("rtx4090")
     with pytest.raises(UserError, match="strategy fsdp with LORA"):
-        budget.choose(train.task_of(config), device, 2, strategy="fsdp")
+        budget.choose(task_of(config), device, 2, strategy="fsdp")
 
 
 def test_the_plan_counts_what_is_trained() -> None:
     device = devices.device_named("rtx4090")
     argv = ["--size", "3.3b", "--init", "x"]
-    adapter = train.task_of(train.read_config([*argv, "--lora.rank", "16"], folders=False))
+    adapter = task_of(read_config([*argv, "--lora.rank", "16"], folders=False))
     adapter = dataclasses.replace(adapter, bf16=True)
     whole = dataclasses.replace(adapter, adapter=0)
     chosen = budget.choose(adapter, device, 1)
@@ -175,14 +176,14 @@ def test_the_plan_counts_what_is_trained() -> None:
 
 
 def test_fine_tuning_has_defaults_of_its_own() -> None:
-    fresh = train.read_config(["--size", "300m"], folders=False)
-    tuned = train.read_config(["--size", "300m", "--init", "facebook/musicgen-small"], folders=False)
-    adapter = train.read_config(["--size", "300m", "--init=facebook/musicgen-small", "--lora.rank=16"], folders=False)
+    fresh = read_config(["--size", "300m"], folders=False)
+    tuned = read_config(["--size", "300m", "--init", "facebook/musicgen-small"], folders=False)
+    adapter = read_config(["--size", "300m", "--init=facebook/musicgen-small", "--lora.rank=16"], folders=False)
     assert tuned.optim.lr < fresh.optim.lr / 3 and tuned.optim.warmup_steps < tuned.steps / 5
     assert tuned.steps <= 2000 < fresh.steps and adapter.optim.lr > tuned.optim.lr
-    own = train.read_config(["--size", "300m", "--init", "x", "--optim.lr", "7e-6"], folders=False)
+    own = read_config(["--size", "300m", "--init", "x", "--optim.lr", "7e-6"], folders=False)
     assert own.optim.lr == 7e-6
-    files = [p.stem for p in finetune.layers(train.CONFIGS, "demo", init=True, adapter=True)]
+    files = [p.stem for p in finetune.layers(CONFIGS, "demo", init=True, adapter=True)]
     assert files == ["demo", "finetune", "finetune-demo", "lora", "lora-demo"]
 
 
@@ -239,7 +240,7 @@ def test_a_selection_of_nothing_is_refused(place: Path) -> None:
 def test_the_check_scores_as_training_does(place: Path) -> None:
     lm, _ = weights.load_release(place / "base" / "release")
     argv = ["--size", "demo", "--data", str(place / "data"), "--run", "x", *SMALL, *LORA]
-    batch = train.read_config([*argv, "--init", "x"]).batch
+    batch = read_config([*argv, "--init", "x"]).batch
     shards = sources.open_data(str(place / "data"))
     found = finetune_check.validation_loss(lm, TextEncoder.load("minilm"), shards, batch)
     before = next(row["valid/loss"] for row in rows(place / "whole") if row["step"] == 0)

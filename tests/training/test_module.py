@@ -15,7 +15,8 @@ from musicgen.config import ConditionConfig, LMConfig
 from musicgen.lm import MusicLM
 from pipelines.shard import ShardSet
 from tests.training.synthetic import write_dataset
-from training import budget, data, devices, launch, strategy, train
+from training import budget, data, devices, launch, strategy
+from training.config import TrainConfig, layout_settings, task_of
 from training.module import MusicLMModule
 from training.optim import OptimConfig
 
@@ -51,8 +52,8 @@ def test_no_gradient_outlasts_its_step(shards: ShardSet, encoder: TextEncoder, m
         return score(batch)
 
     monkeypatch.setattr(module, "score", watched)
-    run = train.TrainConfig(lm=SHAPE, batch=BATCH, hardware=HARDWARE, steps=3)
-    plan = budget.choose(train.task_of(run), devices.device_here(1, False), 1, **train.layout_settings(run))
+    run = TrainConfig(lm=SHAPE, batch=BATCH, hardware=HARDWARE, steps=3)
+    plan = budget.choose(task_of(run), devices.device_here(1, False), 1, **layout_settings(run))
     trainer = strategy.build_trainer(HARDWARE, plan, steps=3, callbacks=[], launched=launch.here())
     before = [p.detach().clone() for p in module.parameters()]
     trainer.fit(module, train_dataloaders=data.training_loader(data.Stream(shards, BATCH, seed=1)))
@@ -67,8 +68,8 @@ def test_captions_of_one_bucket_take_one_graph(shards: ShardSet, encoder: TextEn
     shape = dataclasses.replace(SHAPE, cross_attention=not melody, condition=condition)
     plain, compiled = module_of(encoder, shape), module_of(encoder, shape, compiled=True)
     compiles = dataclasses.replace(HARDWARE, compile="on")
-    run = train.TrainConfig(lm=shape, batch=BATCH, hardware=compiles, steps=3)
-    plan = budget.choose(train.task_of(run), devices.device_here(1, False), 1, **train.layout_settings(run))
+    run = TrainConfig(lm=shape, batch=BATCH, hardware=compiles, steps=3)
+    plan = budget.choose(task_of(run), devices.device_here(1, False), 1, **layout_settings(run))
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(recompile_limit=8):

@@ -12,6 +12,7 @@ import pytest
 from musicgen.errors import UserError
 from tests.training import tiny_run
 from training import launch, state
+from training.config import read_config
 
 ENV = {**tiny_run.ENV, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 ON_RAY = ["--ray.address", "local", "--hardware.devices", "2"]
@@ -111,8 +112,8 @@ def test_an_error_for_the_user_is_told_once_and_not_tried_for_ever(tmp_path: Pat
 
 
 def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
-    from training import on_ray, train
+    from training import on_ray
 
     argv = [*tiny_run.ARGS, "--data", str(tmp_path), "--run", str(tmp_path / "run"), "--hardware.devices", "2"]
     with pytest.raises(UserError, match=r"RAY='127\.0\.0\.1:1' could not be reached"):
-        on_ray.fit(train.read_config([*argv, "--ray.address", "127.0.0.1:1"]))
+        on_ray.fit(read_config([*argv, "--ray.address", "127.0.0.1:1"]))

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,16 +195,29 @@ def test_a_damaged_copy_says_that_it_is_one(two: tuple[Path, Path], store: str, 
     assert len(sources.open_data(uri, str(tmp_path))) == 40
 
 
-def _fetch(uri: str, cache: str, rank: int, out: str) -> None:
+def _fetch(uri: str, cache: str, rank: int, out: str, together: Any) -> None:
+    copy = sources._copy
+
+    def slowly(*place: Any) -> str:  # so that whoever does not wait for the other fetches the same
+        time.sleep(0.5)
+        return copy(*place)
+
+    sources._copy = slowly
+    together.wait()
     Path(out).write_text(str(sources.fetch(Place.at(uri), Path(cache), rank=rank)))
 
 
-def test_processes_of_a_machine_share_the_copy(two: tuple[Path, Path], store: str, tmp_path: Path) -> None:
+def test_processes_of_a_machine_share_the_copy(
+    two: tuple[Path, Path], store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     uri = store.replace("SET", "shared")
     upload(two[0], uri)
+    caplog.set_level(logging.INFO, "werkzeug")  # the server's own record of what it was asked for
     context = multiprocessing.get_context("spawn")
+    cache, together = str(tmp_path / "cache"), context.Barrier(2, timeout=100)
     workers = [
-        context.Process(target=_fetch, args=(uri, str(tmp_path / "cache"), r, str(tmp_path / f"{r}"))) for r in range(2)
+        context.Process(target=_fetch, args=(uri, cache, rank, str(tmp_path / f"{rank}"), together))
+        for rank in range(2)
     ]
     for worker in workers:
         worker.start()
@@ -210,4 +226,7 @@ def test_processes_of_a_machine_share_the_copy(two: tuple[Path, Path], store: st
     places = {(tmp_path / f"{r}").read_text() for r in range(2)}
     assert len(places) == 1
     assert len(sources.open_data(places.pop())) == 40
-    assert os.listdir(tmp_path / "cache")
+    assert len(os.listdir(tmp_path / "cache")) == 1
+    asked = [r.getMessage() for r in caplog.records if r.name == "werkzeug"]
+    for shard in ("train-00000.tar", "valid-00000.tar"):
+        assert sum("GET /music/shared/shards/" in line and shard in line for line in asked) == 1, shard

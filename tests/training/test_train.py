@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from musicgen import codec as codecs
 from musicgen import weights
+from musicgen.config import size
 from musicgen.errors import UserError
 from musicgen.settings import SettingsError
 from pipelines.shard import ShardSet
@@ -31,7 +32,8 @@ from tests.training import tiny_run, wandb_file
 from tests.training.synthetic import small_codec, write_dataset
 from tests.training.tiny_run import curves as metrics
 from tests.training.tiny_run import last_step
-from training import folder, launch, lineage, module, record, state, strategy, train
+from training import folder, launch, lineage, module, record, start, state, strategy, train
+from training.config import read_config
 from training.data import unigram_loss
 from training.module import NonFiniteLoss
 
@@ -93,7 +95,7 @@ def test_it_learns_and_releases_the_best(whole: Path, data: Path) -> None:
     valid = [row for row in rows if "valid/loss" in row]
     assert [row["step"] for row in valid] == [20, 40]
     assert valid[-1]["valid/below_unigram"] > 0.3
-    config = train.read_config(["--data", str(data), "--run", str(whole), *SMALL]).batch
+    config = read_config(["--data", str(data), "--run", str(whole), *SMALL]).batch
     unigram = unigram_loss(ShardSet.open(str(data)), config)
     assert valid[-1]["valid/below_unigram"] == pytest.approx(unigram.mean() - valid[-1]["valid/loss"])
     books = [valid[-1][f"valid/loss_q{k}"] for k in (1, 2, 3, 4)]
@@ -255,7 +257,7 @@ def test_a_signal_before_the_first_step_asks_to_be_run_again(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    for owner, name in ((train, "_load_encoder"), (record, "Record"), (strategy, "prepare")):
+    for owner, name in ((start, "load_encoder"), (record, "Record"), (strategy, "prepare")):
         with monkeypatch.context() as patch:
             real = getattr(owner, name)
 
@@ -678,13 +680,13 @@ def test_a_run_starts_from_a_release(whole: Path, data: Path, tmp_path: Path) ->
 
 def test_real_sizes_have_their_settings() -> None:
     for name, dropout in (("300m", 0.3), ("1.5b", 0.3), ("3.3b", 0.2)):
-        config = train.read_config(["--size", name, "--data", "x", "--run", "y"])
-        assert config.lm == train.size(name)
+        config = read_config(["--size", name, "--data", "x", "--run", "y"])
+        assert config.lm == size(name)
         assert config.batch.word_dropout == dropout and config.batch.condition_dropout == 0.2
         assert config.batch.size == 192 and config.batch.crop_seconds == 30 and config.steps == 1_000_000
         assert config.optim.warmup_steps == 4000 and config.optim.clip == 1.0 and config.optim.weight_decay == 0.1
-    changed = train.read_config(["--size=300m", "--data", "x", "--run", "y", "--lm.activation", "relu"])
-    assert changed.lm == dataclasses.replace(train.size("300m"), activation="relu")
+    changed = read_config(["--size=300m", "--data", "x", "--run", "y", "--lm.activation", "relu"])
+    assert changed.lm == dataclasses.replace(size("300m"), activation="relu")
 
 
 def test_a_settings_file_chooses_size_and_fine_tuning(tmp_path: Path) -> None:
@@ -692,13 +694,13 @@ def test_a_settings_file_chooses_size_and_fine_tuning(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("size: 300m\ninit: x\nlora:\n  rank: 16\n")
     words = ["--size", "300m", "--init", "x", "--lora.rank", "16"]
-    told = train.read_config(words, folders=False)
+    told = read_config(words, folders=False)
     assert told.lm.dim == 1024 and told.optim.lr == 2e-4 and told.steps == 1000
-    assert train.read_config(["--config", str(file)], folders=False) == told
-    assert train.read_config([f"--config={file}"], folders=False) == told
-    larger = train.read_config(["--config", str(file), "--size", "1.5b", "--lora.rank=0"], folders=False)
-    assert larger == train.read_config(["--size", "1.5b", "--init", "x"], folders=False)
-    assert train.read_config(["--size", "1.5b", "--config", str(file)], folders=False) == told
+    assert read_config(["--config", str(file)], folders=False) == told
+    assert read_config([f"--config={file}"], folders=False) == told
+    larger = read_config(["--config", str(file), "--size", "1.5b", "--lora.rank=0"], folders=False)
+    assert larger == read_config(["--size", "1.5b", "--init", "x"], folders=False)
+    assert read_config(["--size", "1.5b", "--config", str(file)], folders=False) == told
 
 
 def test_wandb_is_offline_without_key_or_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from musicgen.errors import UserError
 from tests.training.synthetic import small_codec, write_dataset
 from tests.training.test_train import SMALL
 from training import budget, lineage, record, runs, train, watch
+from training.config import read_config
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_mfu_is_flop_by_time_by_peak() -> None:
 
 
 def test_the_recorded_mfu_is_that_of_the_plan(run: Path, data: Path) -> None:
-    config = train.read_config(words(data, run, "--batch.accumulate", "2"))
+    config = read_config(words(data, run, "--batch.accumulate", "2"))
     flop = config.batch.size * budget.train_flop(config.lm, 128)
     row = record.read_metrics(run / "metrics.jsonl")[-2]
     reached = flop / row["seconds/step"]

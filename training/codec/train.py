@@ -26,7 +26,7 @@ from musicgen import files, settings
 from musicgen.errors import UserError
 from training import record
 from training.folder import flat
-from training.launch import EXIT_REQUEUE, AskedToLeave, Launched
+from training.launch import AskedToLeave, Launched
 
 VALIDATION_SECONDS = 20
 MELS = ("train/log_mel", "train/mel", "train/msspec")
@@ -36,6 +36,13 @@ FREE = ("steps", "cooldown_steps", "run", "data", "clips")
 
 def main(argv: list[str]) -> int:
     """Parse settings, prepare the audio, fit or resume; 0 when the run reached its last step."""
+    from training import launch
+
+    with launch.outside_steps():
+        return _main(argv)
+
+
+def _main(argv: list[str]) -> int:
     import warnings
 
     import torch
@@ -91,7 +98,7 @@ def _fit(module: Any, stream: Any, names: list[str], run: Path, last: Path | Non
     """Run Lightning's loop from the state `last`, recording on the first rank."""
     from torch.utils.data import DataLoader
 
-    from training import strategy
+    from training import launch, strategy
 
     config, first = module.config, launched.rank == 0
     logger = record.wandb_logger(run, _run_id(run), settings.to_dict(config)) if first else None
@@ -102,6 +109,10 @@ def _fit(module: Any, stream: Any, names: list[str], run: Path, last: Path | Non
     try:
         trainer.fit(module, DataLoader(stream, batch_size=None), ckpt_path=last, weights_only=True)
         finished = 0
+    except BaseException as error:
+        if launch.was_interrupted(error):  # a second time
+            raise KeyboardInterrupt from None
+        raise
     finally:
         if journal is not None:
             journal.finish(finished)
@@ -109,7 +120,7 @@ def _fit(module: Any, stream: Any, names: list[str], run: Path, last: Path | Non
         if first:
             name = signal.Signals(watch.asked).name if watch.asked else "another process"
             print(f"left after step {watch.left_at} of {config.steps}, asked by {name}; the same command goes on")
-        raise SystemExit(EXIT_REQUEUE)
+        raise SystemExit(watch.exit_code())
 
 
 def _held_out(config: Any, valid: Any) -> tuple[list[str], list[np.ndarray]]:
@@ -200,6 +211,7 @@ class Watch(AskedToLeave, _callback_base()):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Start the clock and listen to signals."""
+        self.speaks = trainer.is_global_zero
         self.listen_to_signals()
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
