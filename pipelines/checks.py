@@ -31,7 +31,7 @@ CODES = {
     "truncated": "the file ends before its declared length",
     "decode": "the file is damaged",
     "duration_mismatch": "much longer than the file declares",
-    "stem_mismatch": "a stem is not as long as its track",
+    "stem_mismatch": "a stem is not as long as its track, or not of it",
     "crash": "the decoder crashed on it",
     "timeout": "decoding took too long",
     "oom": "decoding needs too much memory",

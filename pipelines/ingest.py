@@ -213,8 +213,6 @@ class Ingest:
         self.rejects: list[tuple[Row, Reject, str | None]] = []
         self.admitted = self._gate()
         self.stems = config.chroma_stems or config.melody_stems
-        if self.stems and not all(row.values["stems"] for row in self.admitted):  # said before the work begins
-            stages.separator("melody_stems" if config.melody_stems else "chroma_stems")
         self.sources = self._sources()
         self.kept = stages.kept(self.work)
         self.facts: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -339,6 +337,13 @@ class Ingest:
         )
 
     def _process(self, todo: Sequence[Source]) -> None:
+        without = [str(source.row.track_id) for source in todo if not source.stems]
+        if self.stems and without:
+            try:
+                stages.separator("melody_stems" if self.config.melody_stems else "chroma_stems")
+            except UserError as error:
+                named = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
+                raise UserError(f"{error}. The catalogue names no stems (column 'stems') of {named}") from error
         self.work.make_folder()
         (self.work / "settings.json").write(json.dumps(self.identity, indent=1).encode())
         largest_first = sorted(todo, key=lambda s: (-s.size, s.work_id))

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import mmap
+import os
 import re
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -187,7 +188,7 @@ class ShardSet:
         columns = index.select([f"{p}_{what}" for p in PAYLOADS for what in ("offset", "bytes")])
         self._extent = {name: column.to_numpy() for name, column in zip(columns.column_names, columns.columns)}
         self._shard = index.column("shard").to_pylist()
-        self._maps: dict[str, mmap.mmap] = {}
+        self._maps: dict[str, tuple[mmap.mmap, tuple[int, ...]]] = {}
 
     @classmethod
     def open(cls, uri: str) -> ShardSet:
@@ -250,8 +251,35 @@ class ShardSet:
             return (self.root / shard).read_range(offset, size)
         if shard not in self._maps:
             with open((self.root / shard).path, "rb") as handle:
-                self._maps[shard] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        return memoryview(self._maps[shard])[offset : offset + size]
+                mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+                self._maps[shard] = mapped, _state_of(os.fstat(handle.fileno()))
+        return memoryview(self._maps[shard][0])[offset : offset + size]
+
+    def is_another(self, row: int) -> bool:
+        """Whether the shard of a row is another file, or changed, since it was opened; it is then opened anew.
+
+        A mapped file stays readable after it was deleted or replaced, and may change or end under its reader.
+        """
+        shard = self._shard[row]
+        if shard not in self._maps:
+            return False
+        try:
+            now = _state_of(os.stat((self.root / shard).path))
+        except FileNotFoundError:
+            now = ()
+        if now == self._maps[shard][1]:
+            return False
+        del self._maps[shard]
+        return True
+
+    def neighbours(self, row: int) -> np.ndarray:
+        """Row numbers (int64) of all tracks in the shard of a row."""
+        return np.flatnonzero(np.asarray(self._shard) == self._shard[row]).astype(np.int64)
+
+
+def _state_of(found: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_info(root: Place, *, ingested: bool = False) -> dict[str, Any]:

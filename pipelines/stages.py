@@ -28,6 +28,7 @@ from pipelines.checks import CheckConfig, Reject
 from pipelines.store import Place
 
 STEM_SECONDS = 0.25  # a stem may be longer or shorter than its track by this much: lossy codecs add some padding
+STEM_LIKENESS = 0.1  # of the stems' sum and the track
 
 
 @dataclass(frozen=True)
@@ -183,11 +184,12 @@ def _prepare(job: Job, settings: TrackSettings, decoder: audio.Decoder, data: by
         parts, facts["stems"] = stems_of(job, decoded, mono, settings, decoder)
     melody = mono
     if settings.melody_stems:
-        melody = sum((part for name, part in parts.items() if stems.has_melody(name)), np.zeros_like(mono))
+        parts = {name: part for name, part in parts.items() if stems.has_melody(name)}
+        melody = sum(parts.values(), np.zeros_like(mono))
     chroma = chroma_bins(melody, settings.sample_rate_hz)
-    if settings.chroma_variants:
-        mixed = list(parts.values()) if settings.chroma_stems else None
-        chroma = np.stack([chroma, *variants(mono, mixed, facts["pcm_sha256"], settings)])
+    if settings.chroma_variants:  # of what the chroma is of
+        mixed = list(parts.values()) if settings.chroma_stems and parts else None
+        chroma = np.stack([chroma, *variants(melody, mixed, facts["pcm_sha256"], settings)])
     return Prepared(job, sound, chroma, facts)
 
 
@@ -228,6 +230,10 @@ def stems_of(
             raise StemError("check", "stem_mismatch", message)
         part = audio.prepare(found.pcm, found.sample_rate_hz, rate, 1)[0]
         parts[name], hashes[name] = _fitted(part, len(mono)), hashlib.sha256(data).hexdigest()
+    alike = stems.likeness(mono, np.sum(list(parts.values()), axis=0), rate, STEM_SECONDS)
+    if alike < STEM_LIKENESS:
+        message = f"the stems are not of this track: their sum correlates with it by {alike:.2f}, expected 0.2 to 1"
+        raise StemError("check", "stem_mismatch", message)
     return parts, {"from": "catalogue", "sha256": hashes}
 
 

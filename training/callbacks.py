@@ -296,18 +296,33 @@ class Clips(EachStep):
         record.clips(step, clips)
 
 
+def one_answer(error: UserError | None) -> UserError | None:
+    """The first error that any rank has, on all of them; every rank calls it."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return error
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, None if error is None else str(error))
+    first = next((text for text in said if text is not None), None)
+    return error or (None if first is None else UserError(first))
+
+
 class States(EachStep, AskedToLeave):
     """A whole state every `every` steps and at the end, and at once when the machine asks the run to leave.
 
     SIGTERM (a machine taken away), SIGUSR1 (Slurm, some minutes before its limit) and a first Ctrl-C only set a flag;
-    the ranks tell each other beside the next step, save at the same one and stop. A second Ctrl-C ends the training at
-    once, and the last state is what is left. A state that cannot be written on the way is said
-    and tried again at the next; the last one must succeed.
+    the ranks tell each other beside the next step, save at the same one and stop. So they do where a rank has seen a
+    batch ahead that it cannot read. A second Ctrl-C ends the training at once, and the last state is what is left. A
+    state that cannot be written on the way is said and tried again at the next; the last one must succeed.
 
     Args:
         folder: the run's `state/`.
+        loader: has `failed`, why a batch further on cannot be read.
         background: write beside the training.
         elsewhere: number of a signal that reached another process and is meant for this one, 0 for none.
+
+    Attributes:
+        left_at: the step at which the run stopped because it was asked to.
+        unreadable: why the run stopped, where that was its data.
     """
 
     def __init__(
@@ -316,6 +331,7 @@ class States(EachStep, AskedToLeave):
         config: LogConfig,
         last_step: int,
         stopwatch: Stopwatch,
+        loader: Any,
         *,
         background: bool,
         elsewhere: Callable[[], int] | None = None,
@@ -324,7 +340,9 @@ class States(EachStep, AskedToLeave):
         self.folder, self.config, self.stopwatch, self.background = folder, config, stopwatch, background
         self.elsewhere = elsewhere
         AskedToLeave.__init__(self)
-        self.left_at: int | None = None  # step at which the run stopped because it was asked to
+        self.loader = loader
+        self.left_at: int | None = None
+        self.unreadable: UserError | None = None
         self._vote: tuple[Any, Tensor] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
@@ -348,8 +366,9 @@ class States(EachStep, AskedToLeave):
         if error is not None:
             self._warn(error)
         if leave and step != self.last_step:
-            self.left_at = step
             trainer.should_stop = True
+            self.unreadable = one_answer(self.loader.failed)
+            self.left_at = step if self.unreadable is None else None
 
     def _save(self, trainer: pl.Trainer, module: MusicLMModule, *, must: bool) -> None:
         try:
@@ -366,21 +385,23 @@ class States(EachStep, AskedToLeave):
             print(f"warning   {error}; training goes on", flush=True)
 
     def _all_agree(self, trainer: pl.Trainer) -> bool:
-        """Whether any rank was asked to leave before the step that has just been made: the same answer on all.
+        """Whether any rank was asked to leave, or cannot go on, before the step that has just been made: the same
+        answer on all.
 
         The exchange of a step is read at the next one, so nobody waits for it.
         """
         if self.elsewhere is not None:
             self.asked = self.asked or self.elsewhere()
+        failed = int(self.loader.failed is not None)
         if trainer.world_size == 1:
-            return bool(self.asked)
+            return bool(self.asked or failed)
         leave = False
         if self._vote is not None:
             work, votes = self._vote
             work.wait()
-            leave = bool(votes.item())
-            self.asked = self.asked or int(votes.item())
-        votes = torch.tensor([self.asked])
+            leave = bool(votes.any())
+            self.asked = self.asked or int(votes[0])
+        votes = torch.tensor([self.asked, failed])
         self._vote = (dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group(), async_op=True), votes)
         return leave
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import util
@@ -268,24 +269,49 @@ class Stream(IterableDataset):
 
 
 class Loader(DataLoader):
-    """A loader of whole batches that raises what its workers hand over; `waited` counts the seconds it took them."""
+    """A loader of whole batches that looks `ahead`, so that what cannot be read is known while there is time to save.
 
+    Attributes:
+        ahead: batches that are fetched before they are needed.
+        needed: batches that the run will take; no further ahead than that.
+        waited: seconds that the batches took.
+        failed: why there are no more batches than those fetched; raised once they are used up.
+        agree: makes one answer of what the first batches of each rank failed with, since a rank without a step would
+            be waited for in it.
+    """
+
+    ahead = 0
+    needed = 0
     waited = 0.0
+    failed: UserError | None = None
+    agree: Callable[[UserError | None], UserError | None] | None = None
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
         workers = getattr(batches, "_workers", [])
         # At exit Python asks forgotten workers to leave by SIGTERM, which these ignore, and waits without end.
         util.Finalize(batches, _kill, (workers,), exitpriority=0)
+        held: deque[Batch] = deque()
+        taken = 0
         while True:
             began = time.perf_counter()
-            made = next(batches, None)
+            while self.failed is None and (not held or len(held) <= min(self.ahead, self.needed - taken - 1)):
+                made = next(batches, None)
+                if made is None:
+                    break
+                if isinstance(made, UserError):
+                    self.failed = made
+                else:
+                    held.append(made)
             self.waited += time.perf_counter() - began
-            if made is None:
+            if not taken and self.agree is not None:
+                self.failed = self.agree(self.failed)
+            if self.failed is not None and not (taken and held):
+                raise self.failed
+            if not held:
                 return
-            if isinstance(made, UserError):
-                raise made
-            yield made
+            taken += 1
+            yield held.popleft()
 
 
 def training_loader(stream: Stream, *, pin_memory: bool = False) -> Loader:

@@ -6,10 +6,11 @@
         --chroma_stems true
     python -m training.melody_check --data data/melody --mixes data/mixes --runs runs/melody
 
-Models of the same start, steps and crops are trained by `training.train`: one on melodies as they are, one with
-`batch.augment`, one with the same whose variants are other mixes of the stems besides. All then make clips after
-held-out tracks: with the track's own chroma, with that of its sound equalised and in noise (`musicgen.degrade`), with
-holes, with frames out of step, and with that of another mix. The figure is the share of the chroma frames in which clip
+Models of the same start and as many steps are trained by `training.train`: one on melodies as they are, one with
+`batch.augment` on the same crops, one with that again whose variants are other mixes of the stems besides (of the same
+tracks, drawn in another order). All then make clips after held-out tracks: with the chroma of the track's sound, with
+that of the sound equalised and in noise (`musicgen.degrade`), with holes, with frames out of step, and with that of
+another mix, equalised and in noise, as ingest keeps it. The figure is the share of the chroma frames in which clip
 and guide have the same dominant pitch class; the guide is always the clean one. Differences from the model trained on
 melodies as they are come with their standard error over the clips. Clips without a melody stand beside as what luck
 brings, the losses on held-out crops with the right melody and with another track's as what the model has learned to
@@ -75,6 +76,11 @@ class MelodyCheckConfig:
     guidance: float = 3.0
     out: str | None = None
     augment: AugmentConfig = field(default_factory=lambda: AUGMENTED)
+
+    def __post_init__(self) -> None:
+        for name, least in (("clips", 2), ("duration", 1.0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least:g}")
 
     @property
     def trainings(self) -> tuple[str, ...]:
@@ -179,24 +185,38 @@ def check(config: MelodyCheckConfig) -> dict[str, Any]:
         UserError: of the training, or data without validation tracks or without variants of the chroma.
     """
     data = ShardSet.open(config.data)
-    held_out = data.rows("valid")
+    held_out, rate = data.rows("valid"), data.info["codec"]["frame_rate"]
     if not len(held_out) or len(data.chromas(int(held_out[0]))) < 2:
         raise UserError(
             f"DATA={config.data!r} needs validation tracks and degraded chroma; ingest with --chroma_variants 3"
         )
+    if data.info.get("settings", {}).get("melody_stems"):
+        raise UserError(
+            f"DATA={config.data!r} holds melodies of stems, and guides here are chroma of whole recordings; ingest it "
+            "without --melody_stems"
+        )
     other = mixes_of(config, data) if config.mixes else {}
+    frames = round(config.duration * rate)
+    places = windows(data, [int(row) for row in held_out], frames, config.clips)
+    if len(places) < 2:
+        raise UserError(
+            f"DATA={config.data!r} has {len(places)} held-out stretches of {config.duration:g} s, at least 2 are "
+            "needed; lower --duration or ingest more tracks"
+        )
     for name in config.trainings:
         train.main(arguments(config, name))
     models = {name: generate.load(f"{config.runs}/{name}/release") for name in config.trainings}
     codec = models["plain"].codec
-    frames = round(config.duration * codec.frame_rate)
-    places = windows(data, [int(row) for row in held_out], frames, config.clips)
     sounds, given = [], []
     for number, (row, start) in enumerate(places):
         codes = torch.from_numpy(data.codes(row)[:, start : start + frames].astype(np.int64))[None]
         sounds.append(codec.decode(codes)[0].mean(0).cpu().numpy())
-        first, length = start * codec.sample_rate / codec.frame_rate / HOP, 1 + sounds[-1].size // HOP
-        mix = other[row][round(first) : round(first) + length] if other else None
+        mix = None
+        if other:
+            first, length = round(start * codec.sample_rate / codec.frame_rate / HOP), 1 + sounds[-1].size // HOP
+            mix = np.full(length, NONE, np.uint8)  # a track's chroma may end a frame before its codes
+            heard = other[row][first : first + length]
+            mix[: len(heard)] = heard
         given.append(guides(sounds[-1], codec.sample_rate, config.seed + number, mix))
     kept = {name: float(np.mean([(g[name] == g["clean"]).mean() for g in given])) for name in given[0]}
     none: list[np.ndarray | None] = [None] * len(sounds)
@@ -228,7 +248,7 @@ def mixes_of(config: MelodyCheckConfig, data: ShardSet) -> dict[int, np.ndarray]
         UserError: `mixes` holds other tracks, or none in other mixes.
     """
     mixes = ShardSet.open(config.mixes)
-    if not mixes.info["settings"].get("chroma_stems") or mixes.info["codec"] != data.info["codec"]:
+    if not mixes.info.get("settings", {}).get("chroma_stems") or mixes.info["codec"] != data.info["codec"]:
         raise UserError(
             f"mixes={config.mixes!r} must be DATA's catalogue ingested by the same codec with --chroma_stems true"
         )

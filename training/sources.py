@@ -5,7 +5,8 @@ is fetched once per machine, before training: every shard is checked against the
 its name only when it is whole. The processes of a machine share the copy and its fetching by file locks.
 
 `Sources` reads as a single `ShardSet` does, rows of all sets counted through. A track's first reading compares its
-bytes with the index, so that an altered, cut or withdrawn shard stops a run in words instead of training on it.
+bytes with the index, and again when its file is no longer the one that was opened, so that an altered, cut or withdrawn
+shard stops a run in words, also in its middle, instead of training on it.
 """
 
 from __future__ import annotations
@@ -147,13 +148,16 @@ class Sources:
         return part.meta(own)
 
     def _check(self, row: int) -> None:
+        part, own = self._at(row)
+        if part.is_another(own):
+            self._checked[self._first[self.source[row]] + part.neighbours(own)] = False
         if self._checked[row]:
             return
-        part, own = self._at(row)
         shard = part.index.column("shard")[own].as_py()
         todo = (
             f"Restore the data set from where it was made, or run the same `make ingest CATALOG=… OUT={part.root}` "
-            "again, which rewrites what is not whole"
+            "again, which rewrites what is not whole. Where music was withdrawn, go on from what a run has learned with "
+            "the music that is left: INIT=<its run>/release and another RUN"
         )
         try:
             part.record(own)
@@ -161,7 +165,8 @@ class Sources:
             raise UserError(f"DATA: {part.root}/{shard} is gone (deleted or withdrawn). {todo}") from error
         except ValueError as error:
             raise UserError(
-                f"DATA: {part.root}/{shard} was altered since it was made: {error}. Nothing was trained on it. {todo}"
+                f"DATA: {part.root}/{shard} was altered since it was made: {error}. Nothing was trained on what is "
+                f"there now. {todo}"
             ) from error
         self._checked[row] = True
 

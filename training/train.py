@@ -85,6 +85,8 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
         raise
     if journal is not None:
         _close(run, module, watched, journal)
+    if watched.states.unreadable is not None:
+        raise watched.states.unreadable
     return run.folder
 
 
@@ -107,7 +109,7 @@ class _Watched:
 
 def _loader_of(run: Start) -> Any:
     """The run's batches, from the step on that it goes on with."""
-    from training import data
+    from training import callbacks, data
 
     config = run.config
     stream = data.Stream(
@@ -120,7 +122,11 @@ def _loader_of(run: Start) -> Any:
         tokenize=run.encoder.tokenize,
         condition=config.lm.condition,
     )
-    return data.training_loader(stream, pin_memory=config.hardware.uses_gpu)
+    loader = data.training_loader(stream, pin_memory=config.hardware.uses_gpu)
+    # The ranks hear of a batch that one of them cannot read at the end of the step after the next.
+    loader.ahead, loader.needed = 2 * run.plan.accumulate, (run.stop - run.step) * run.plan.accumulate
+    loader.agree = callbacks.one_answer
+    return loader
 
 
 def _watch(run: Start, journal: Record | None, loader: Any) -> _Watched:
@@ -160,7 +166,9 @@ def _watch(run: Start, journal: Record | None, loader: Any) -> _Watched:
     )
     background = _in_background(config, plan)
     folder = run.folder / "state"
-    states = callbacks.States(folder, log, run.stop, clock, background=background, elsewhere=run.launched.asked)
+    states = callbacks.States(
+        folder, log, run.stop, clock, loader, background=background, elsewhere=run.launched.asked
+    )
     profile = watch.Profile(run.folder / "profile", log.profile_at, log.profile_steps)
     bar = callbacks.Bar(recorder, validation, config.steps, config.steps)
     return _Watched(profile, recorder, validation, clips, states, bar, clock)
@@ -170,12 +178,17 @@ def _close(run: Start, module: MusicLMModule, watched: _Watched, journal: Record
     """Write down how the run ended, on rank 0, and say it.
 
     Raises:
-        UserError: the disk did not take the release or the clips to the end.
+        UserError: the disk did not take the release or the clips to the end, or the data cannot be read any more.
         SystemExit: the run was asked to leave.
     """
     from training import lineage, words
 
     config, states = run.config, watched.states
+    if states.unreadable is not None:
+        said = f"{states.unreadable}. The run has saved its state of step {module.progress.step}"
+        lineage.ended(run.folder, step=module.progress.step, how="failed", error=said[:500])
+        journal.finish(exit_code=1)
+        raise UserError(said)
     left = states.left_at is not None
     unwritten = None if left else _unwritten(run.release, watched.clips, run.folder, run.stop)
     if left:

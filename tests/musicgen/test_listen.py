@@ -142,6 +142,24 @@ def test_what_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         listen.read("/dev/zero", 32_000, 1, what="AUDIO")
 
 
+def test_stems_are_told_by_the_words_of_their_names() -> None:
+    for name in ("drums", "Drums 2", "bass", " Bass guitar", "synth-bass", "KICK", "percussion (live)"):
+        assert not stems.has_melody(name), name
+    for name in ("vocals", "bassoon", "other", "lead", "strings", "Gitarre", "ベル"):
+        assert stems.has_melody(name), name
+
+
+def test_a_part_is_like_its_recording_and_another_is_not() -> None:
+    rng = np.random.default_rng(0)
+    voice, band, other = rng.normal(size=(3, 40 * 8000)).astype(np.float32)
+    mix = 0.3 * voice + band
+    late = np.concatenate([np.zeros(400, np.float32), voice])[: len(voice)]
+    assert stems.likeness(mix, mix, 8000, 0.25) == pytest.approx(1)
+    assert stems.likeness(mix, late, 8000, 0.25) == pytest.approx(0.3 / np.sqrt(1.09), abs=0.02)
+    assert stems.likeness(mix, late, 8000, 0.01) < 0.05 and stems.likeness(mix, other, 8000, 0.25) < 0.05
+    assert stems.likeness(mix, np.zeros_like(mix), 8000, 0.25) == 1 == stems.likeness(mix[:0], mix[:0], 8000, 0.25)
+
+
 def test_stems_need_demucs_and_say_so() -> None:
     try:
         import demucs  # noqa: F401

@@ -75,7 +75,10 @@ def test_stems_that_cannot_be_had_are_said_before_the_work(tmp_path: Path) -> No
     except ImportError:
         catalogue = write_rows(tmp_path, [row(1)])
         argv = ["--catalog", catalogue, "--out", str(tmp_path / "out"), "--codec=tiny", f"--rights.today={TODAY}"]
-        with pytest.raises((UserError, settings.SettingsError), match="chroma_stems needs the package demucs"):
+        with pytest.raises(
+            (UserError, settings.SettingsError),
+            match=r"(?s)chroma_stems needs the package demucs.*names no stems .* of t001",
+        ):
             command.main([*argv, "--chroma_variants", "1", "--chroma_stems", "true"])
 
 
@@ -125,6 +128,10 @@ def test_the_catalogues_stems_make_melody_and_other_mixes(tmp_path: Path) -> Non
     heard = [(variant == C).mean() for variant in mixes.chroma[1:]]
     assert (mixes.chroma[0] == A).mean() > 0.9 and max(heard) > 0.8 and min(heard) < 0.2
     assert sum(h > 0.5 for h in heard) > sum((v == C).mean() > 0.5 for v in plain.chroma[1:])
+    both = made(melody_stems=True, chroma_variants=3)
+    assert (both.chroma == C).mean() > 0.8, "variants are of the melody too"
+    mixed = made(melody_stems=True, chroma_variants=3, chroma_stems=True)
+    assert (mixed.chroma == C).mean() > 0.8 and mixed.chroma.shape == both.chroma.shape
     only = with_stems(tmp_path, "b.wav", {"Bass": two_notes()["bass"]})
     job = stages.Job("t", Place.at(tmp_path / "b.wav"), "w", 0, only)
     silent = stages.prepare(job, replace(SETTINGS, melody_stems=True), decoder)
@@ -136,6 +143,16 @@ def test_stems_that_do_not_fit_are_a_reject(tmp_path: Path) -> None:
     named = dict(with_stems(tmp_path, "a.wav", two_notes()))
     (tmp_path / "short.wav").write_bytes(wav(two_notes(5.0)["voice"]))
     (tmp_path / "torn.wav").write_bytes(b"RIFF no sound at all")
+    times = np.arange(96_000) / 16_000
+    another = 0.3 * np.sin(2 * np.pi * 330 * times * (1 + 0.1 * times))
+    (tmp_path / "other.wav").write_bytes(wav(np.stack([another, another], axis=1)))
+    found = stages.prepare(
+        stages.Job("t", Place.at(tmp_path / "a.wav"), "w", 0, (("voice", Place.at(tmp_path / "other.wav")),)),
+        replace(SETTINGS, melody_stems=True),
+        decoder,
+    )
+    assert isinstance(found, stages.Result) and found.reject is not None
+    assert "the stems are not of this track: their sum correlates with it by 0.0" in found.reject.message
     for place, code, words in (
         (Place.at(tmp_path / "short.wav"), "stem_mismatch", "stem 'voice' lasts 5.00 s, the track 6.00 s"),
         (Place.at(tmp_path / "torn.wav"), "not_audio", "stem 'voice': "),

@@ -3,11 +3,13 @@
     python -m tests.training.ranks JOBS.json OUT.json
 
 Started by `together` with the variables that a launcher sets. JOBS holds argument lists of `training.train`; OUT gets
-`ok`, the exit code, or the words of the error. A job with `signal` sends that signal to this rank once it trains.
+`ok`, the exit code, or the words of the error. A job with `signal` sends that signal to this rank once it trains, one
+with `withdraw` deletes a file then.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import socket
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ def together(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, timeout: 
     """Run the jobs on so many ranks; returns what became of each job on each rank.
 
     Args:
-        jobs: `argv`, and optionally `signal` = [rank, number, metrics file to wait for].
+        jobs: `argv`, and optionally `signal` = [rank, number, metrics file to wait for] or `withdraw` = [rank, file,
+            metrics file to wait for].
         folder: for the exchange.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,10 +67,10 @@ def together(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, timeout: 
     return [list(job) for job in zip(*by_rank)]
 
 
-def _send(number: int, once: Path) -> None:
+def _when(once: Path, act: Callable[[], None]) -> None:
     while not (once.is_file() and once.stat().st_size):
         time.sleep(0.02)
-    os.kill(os.getpid(), number)
+    act()
 
 
 def main() -> None:
@@ -76,9 +80,10 @@ def main() -> None:
 
     rank, results = int(os.environ["RANK"]), []
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        if job.get("signal", [None])[0] == rank:
-            _, number, once = job["signal"]
-            threading.Thread(target=_send, args=(number, Path(once)), daemon=True).start()
+        for what, act in (("signal", functools.partial(os.kill, os.getpid())), ("withdraw", os.unlink)):
+            if job.get(what, [None])[0] == rank:
+                _, given, once = job[what]
+                threading.Thread(target=_when, args=(Path(once), functools.partial(act, given)), daemon=True).start()
         try:
             train.main(job["argv"])
             results.append("ok")

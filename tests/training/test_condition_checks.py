@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from musicgen import codec as codecs
 from musicgen.adapters import AdapterConfig
 from musicgen.chroma import NONE
 from musicgen.config import ConditionConfig, LMConfig, StyleConfig
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
+from musicgen.settings import SettingsError
 from musicgen.style import NONE as NO_CODE
 from pipelines.shard import ShardSet
 from tests.musicgen.test_degrade import RATE, tones
@@ -65,6 +69,46 @@ def test_guides_are_stretches_on_the_grid_of_the_chroma_first_of_each_track(tmp_
     by_row = {row: sorted(start for r, start in every if r == row) for row in rows}
     assert all(b - a >= 100 for starts in by_row.values() for a, b in itertools.pairwise(starts))
     assert melody_check.windows(data, rows, 100, 2) == every[:2]
+
+
+def melody_set(folder: Path, **settings: bool) -> str:
+    """A set in the demo codec's name with a variant of each melody, and what ingest would say of its stems."""
+    codec = codecs.load("demo")
+    described = {"name": codec.name, "identity": codec.identity}
+
+    def melody(number: int, frames: int) -> np.ndarray:
+        length = frames * 5 // 32  # as short as a track's chroma may be
+        return np.stack([np.full(length, number % 12), np.full(length, (number + 1) % 12)]).astype(np.uint8)
+
+    write_dataset(folder, tracks=8, valid=3, frames=(180, 300), codec=described, melody=melody)
+    info = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**info, "settings": settings}))
+    return str(folder)
+
+
+def test_melodies_are_checked_from_data_to_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    data, mixes = melody_set(tmp_path / "data"), melody_set(tmp_path / "mixes", chroma_stems=True)
+    small = ["--lm.dim", "16", "--lm.num_layers", "1", "--lm.num_heads", "1", "--batch.workers", "0"]
+    argv = [f"--data={data}", f"--mixes={mixes}", f"--runs={tmp_path / 'runs'}", "--init=", "--steps=2"]
+    argv += [f"--arguments={json.dumps(small)}", "--clips=4", "--duration=1.5", "--crop_seconds=1.28"]
+    argv += [f"--out={tmp_path / 'found.json'}"]
+    for odd, words in ((["--clips", "1"], "clips is 1"), (["--duration", "30"], "0 held-out stretches of 30 s")):
+        with pytest.raises((UserError, SettingsError), match=words):
+            melody_check.main([*argv, *odd])
+    with pytest.raises(UserError, match=r"must be DATA's catalogue .* --chroma_stems true"):
+        melody_check.main([*argv, f"--mixes={data}"])
+    assert not (tmp_path / "runs").exists(), "said before anything is trained"
+    assert melody_check.main(argv) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found["models"]) == ["plain", "augmented", "mixes"] and found["clips"] == 4
+    for of in found["models"].values():
+        assert of["step"] == 2 and set(of["agreement"]) == {"clean", "noisy", "holes", "jitter", "mix", "none"}
+    assert "in 4 clips" in capsys.readouterr().out
+    stored = yaml.safe_load((tmp_path / "runs/mixes/config.yaml").read_text())["settings"]
+    assert stored["data"] == mixes and stored["batch"]["augment"]["variants"] == 0.5
 
 
 def test_differences_from_the_plain_model_are_paired_by_clip() -> None:

@@ -15,7 +15,7 @@ from musicgen import weights
 from tests.training.ranks import together
 from tests.training.synthetic import small_codec, write_dataset
 from tests.training.tiny_run import curves as metrics
-from training import record, state, train
+from training import lineage, record, state, train
 
 SMALL = shlex.split(
     "--size demo --codebook_init false --lm.dim 32 --lm.num_layers 2 --lm.num_heads 2 --lm.codebook_size 64 "
@@ -70,6 +70,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     clips = shlex.split("--log.clips 1 --log.clip_seconds 0.3")
     shards = ["--hardware.strategy", "fsdp"]
+    shutil.copytree(folder / "data", folder / "lent")
+    gone = folder / "lent" / "shards" / "train-00000.tar"
+    lent = ["--data", str(folder / "lent"), "--steps", "60", "--log.valid_every", "60", "--log.state_every", "0"]
     first = together(
         [
             job("ddp"),
@@ -81,9 +84,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "asked", *shards, "--steps", "5000", signal=[1, signal.SIGUSR1, str(folder / "asked" / "metrics.jsonl")]
             ),
             job("bf16", *shards, *BF16),
+            job("withdrawn", *lent, withdraw=[0, str(gone), str(folder / "withdrawn" / "metrics.jsonl")]),
         ],
         folder / "first",
     )
+    shutil.copy(folder / "data" / "shards" / gone.name, gone)
     for run in ("ddp", "fsdp"):
         moved(folder / run, folder / f"from-{run}")
         moved(folder / run, folder / f"alone-{run}")
@@ -104,11 +109,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             job("again-ddp"),
             job("again-fsdp", *shards, *clips),
             job("again-bf16", *shards, *BF16),
+            job("withdrawn", *lent),
         ],
         folder / "second",
     )
     done = [*first[:5], first[6], *second[:2], *second[3:]]
-    assert done == [["ok", "ok"]] * 11
+    assert done == [["ok", "ok"]] * 12
+    (folder / "withdrawn" / "became").write_text("\n".join(first[7]))
     (folder / "asked" / "became").write_text("\n".join(first[5]))
     (folder / "spoiled" / "became").write_text("\n".join(second[2]))
     return folder
@@ -170,6 +177,17 @@ def test_a_signal_to_one_rank_saves_on_all_and_asks_to_be_run_again(place: Path)
     assert became == [f"exit {train.EXIT_REQUEUE}", "ok"]  # rank 0 speaks for all
     rows = [row["step"] for row in metrics(place / "asked") if "train/loss" in row]
     assert state.steps_in(place / "asked" / "state")[-1] == rows[-1] < 5000
+
+
+def test_music_withdrawn_in_mid_run_stops_all_ranks_with_their_state_saved(place: Path) -> None:
+    became = (place / "withdrawn" / "became").read_text().splitlines()
+    assert all("train-00000.tar is gone (deleted or withdrawn)" in words for words in became) and len(became) == 2
+    start, failed, again, done = lineage.read(place / "withdrawn")
+    step = failed["step"]
+    assert failed["how"] == "failed" and f"saved its state of step {step}" in became[0] and 1 < step < 60
+    assert again["step"] == step and done["how"] == "done" and start["step"] == 0
+    rows = [row["step"] for row in metrics(place / "withdrawn") if "train/loss" in row]
+    assert rows == [*range(1, 61)]
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks(place: Path) -> None:

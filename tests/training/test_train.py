@@ -214,6 +214,48 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None])
     monkeypatch.setattr(module.MusicLMModule, "training_step", training_step)
 
 
+def replaced(shard: Path) -> None:
+    """Another file under the name, with other codes in it."""
+    altered = bytearray(shard.read_bytes())
+    for row in ShardSet.open(str(shard.parent.parent)).index.to_pylist():
+        if row["split"] == "train":
+            altered[row["codes_offset"] + 200] ^= 1
+    shard.with_suffix(".new").write_bytes(altered)
+    os.replace(shard.with_suffix(".new"), shard)
+
+
+WITHDRAWN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "gone": (Path.unlink, "is gone"),
+    "replaced": (replaced, "was altered since it was made.*Nothing was trained on what is there now"),
+    "cut": (lambda shard: os.truncate(shard, 1000), "was altered since it was made"),
+}
+
+
+@pytest.mark.parametrize(("how", "workers"), [("gone", 0), ("replaced", 0), ("cut", 0), ("cut", 2)])
+def test_music_withdrawn_in_mid_run_stops_it_with_its_state_saved(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, workers: int
+) -> None:
+    act, words = WITHDRAWN[how]
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    shard = copy / "shards" / "train-00000.tar"
+    options = ["--batch.workers", str(workers), "--log.state_every", "40"]
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: act(shard))
+        with pytest.raises(UserError, match=words) as stopped:
+            go(copy, tmp_path / "run", *options)
+    (step,) = state.steps_in(tmp_path / "run" / "state")
+    end = lineage.read(tmp_path / "run")[-1]
+    assert 4 <= step < 40 and end["how"] == "failed" and end["step"] == step
+    assert f"The run has saved its state of step {step}" in str(stopped.value) and "INIT=" in str(stopped.value)
+    if workers:
+        return
+    shutil.copy(data / "shards" / shard.name, shard)
+    go(copy, tmp_path / "run", *options)
+    whole = go(data, tmp_path / "whole", *options)
+    same(tensors(tmp_path / "run", 40), tensors(whole, 40))
+
+
 @pytest.fixture
 def at_a_terminal() -> Iterator[None]:
     """SIGINT as a terminal's programs have it; those that a script starts in the background ignore it."""
@@ -390,12 +432,16 @@ def test_clips_wait_for_room(
 def test_what_cannot_fit_prints_its_plan_and_leaves(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    big = ["--lm.codebook_size", "64", "--hardware.accelerator", "cpu", "--lm.num_layers", "4800"]
+    argv = ["--size", "3.3b", "--data", str(data), "--run", str(tmp_path / "run"), "--lm.codebook_size", "64"]
+    argv += ["--hardware.accelerator", "cpu", "--lm.num_layers", "4800"]
     with pytest.raises(UserError, match=r"SIZE=3.3b does not fit 1 x cpu.*What fits: SIZE="):
-        train.main(["--size", "3.3b", "--data", str(data), "--run", str(tmp_path / "run"), *big])
+        train.main(argv)
     said = capsys.readouterr().out
     assert "model     3.3b" in said and "memory    " in said and "no room" in said
     assert not (tmp_path / "run").exists()
+    ended = subprocess.run([sys.executable, "-m", "training.train", *argv], capture_output=True, text=True)
+    assert ended.returncode == 2 and "model     3.3b" in ended.stdout and "Traceback" not in ended.stderr
+    assert "SIZE=3.3b does not fit" in " ".join(ended.stderr.split())
 
 
 def test_a_mixture_trains_and_is_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
