@@ -60,6 +60,7 @@ plan: setup ## SIZE=3.3b GPUS=64 GPU=h100-80: memory, strategy, time of a traini
 	$(BIN)/python -m training.forecast --size "$(SIZE)" $(if $(GPUS),--gpus "$(GPUS)") $(if $(GPU),--gpu "$(GPU)") $(ARGS)
 
 train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=… [GPUS=8 INIT=model LORA=16 RAY=auto]: train, fine-tune, or resume the same RUN
+	@case "$(GPUS)" in 0*|*[!0-9]*) echo "error: GPUS=$(GPUS): give a whole number of at least 1, the GPUs (or processes) of each machine" >&2; exit 2;; esac
 	$(BIN)/python -m training.train --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/$(SIZE))" $(if $(GPUS),--hardware.devices "$(GPUS)") $(if $(INIT),--init "$(INIT)") $(if $(LORA),--lora.rank "$(LORA)") $(if $(RAY),--ray.address "$(RAY)") $(ARGS)
 
 runs: setup ## [RUN=…]: which trainings there are, how they stand, what they came from

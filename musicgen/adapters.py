@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,8 +162,22 @@ def merged(lm: MusicLM) -> MusicLM:
 
 def base_of(model: str | os.PathLike[str]) -> dict[str, Any]:
     """How an adapter names its base: `{name, identity, licence}`. Raises `UserError` when `model` is no release."""
-    info = weights.read_info(model)
-    return {"name": os.fspath(model), "identity": info["weights"]["sha256"], "licence": info.get("licence")}
+    return name_of(model, weights.read_info(model))
+
+
+def name_of(model: str | os.PathLike[str], info: dict[str, Any]) -> dict[str, Any]:
+    """The same where the release's config.json (`info`) is read already."""
+    return {"name": os.fspath(model), "identity": _identity(model, info), "licence": info.get("licence")}
+
+
+def _identity(model: str | os.PathLike[str], info: dict[str, Any]) -> str:
+    identity = info.get("weights", {}).get("sha256")
+    if not isinstance(identity, str):
+        raise UserError(
+            f"MODEL={os.fspath(model)!r}: {weights.CONFIG} does not name the sha256 of its weights; copy or write the "
+            "release again"
+        )
+    return identity
 
 
 def save(folder: str | os.PathLike[str], lm: MusicLM, info: dict[str, Any], base: dict[str, Any]) -> Path:
@@ -220,7 +235,7 @@ def find_base(model: str | os.PathLike[str], info: dict[str, Any], given: str = 
     wanted, others = info["base"], []
     for place in [given] if given else _places(model, wanted["name"]):
         try:
-            identity = weights.read_info(place)["weights"]["sha256"]
+            identity = _identity(place, weights.read_info(place))
         except UserError:
             if given:
                 raise
@@ -263,11 +278,15 @@ def load(model: str | os.PathLike[str], info: dict[str, Any], base: str = "") ->
         )
     try:
         state, described = from_bytes(raw), json.loads(text)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"MODEL={name!r}: the adapter cannot be read ({error}); copy or write it again") from None
+    chosen = _read_config(name, described)
     lm, _ = weights.load_release(find_base(model, info, base), quiet=True)
     with torch.random.fork_rng(devices=[]):  # the factors are overwritten; the caller's randomness is not spent
-        _inject(lm, _read_config(name, described))
+        try:
+            _inject(lm, chosen)
+        except (TypeError, ValueError, LookupError, AttributeError, re.error) as error:  # peft's
+            raise _not_described(name, error) from None
     _put(name, lm, {key.removeprefix(_PREFIX): tensor for key, tensor in state.items()})
     return merged(lm)
 
@@ -279,9 +298,11 @@ def _there(name: str, folder: str) -> tuple[str, str]:
     return WEIGHTS, PEFT_CONFIG
 
 
-def _read_config(name: str, described: dict[str, Any]) -> Any:
+def _read_config(name: str, described: Any) -> Any:
     from peft import LoraConfig
 
+    if not isinstance(described, dict):
+        raise _not_described(name, f"it holds a {type(described).__name__} instead of a mapping")
     plain = described.get("peft_type") == "LORA" and described.get("bias", "none") == "none"
     if not plain or described.get("use_dora") or described.get("modules_to_save"):
         raise UserError(
@@ -289,7 +310,14 @@ def _read_config(name: str, described: dict[str, Any]) -> Any:
             "here; merge it with peft"
         )
     kept = ("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern")
-    return LoraConfig(**{key: described[key] for key in kept if key in described}, bias="none")
+    try:
+        return LoraConfig(**{key: described[key] for key in kept if key in described}, bias="none")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _not_described(name, error) from None
+
+
+def _not_described(name: str, why: object) -> UserError:
+    return UserError(f"MODEL={name!r}: {PEFT_CONFIG} describes no adapter ({why}); copy or write the adapter again")
 
 
 def _put(name: str, lm: MusicLM, state: dict[str, Tensor]) -> None:

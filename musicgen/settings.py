@@ -1,8 +1,9 @@
 """One way from YAML and the command line to a frozen dataclass, for every command.
 
 `parse(Config, argv, layers=[...])` reads YAML layers in order, then dotted overrides (`--optim.lr 1e-4`), and
-returns the dataclass. jsonargparse does the typing and conversion; ours is only the hint: an unknown key fails
-with the nearest name that exists, in YAML as on the command line.
+returns the dataclass. jsonargparse does the typing and conversion; ours are the hints, in YAML as on the command line:
+an unknown key fails with the nearest name that exists, a group must be a mapping, a list is shown as it is written, and
+a number is finite.
 """
 
 from __future__ import annotations
@@ -10,10 +11,16 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import difflib
+import json
+import math
+import os
+import re
+import reprlib
+import shlex
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -28,13 +35,23 @@ class SettingsError(ValueError):
 
 def names(config_class: type, prefix: str = "") -> Iterator[str]:
     """Every dotted setting name of a dataclass, groups included."""
+    return (name for name, _ in _kinds(config_class, prefix))
+
+
+def _kinds(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     hints = typing.get_type_hints(config_class)
     for f in dataclasses.fields(config_class):
-        yield prefix + f.name
         kind = hints[f.name]
+        yield prefix + f.name, kind
         for candidate in (kind, *typing.get_args(kind)):
             if dataclasses.is_dataclass(candidate):
-                yield from names(cast(type, candidate), f"{prefix}{f.name}.")
+                yield from _kinds(cast(type, candidate), f"{prefix}{f.name}.")
+
+
+def _group_of(kind: Any) -> type | None:
+    """The dataclass of a setting that is a group of settings; None for any other, such as a list of dataclasses."""
+    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    return next((cast(type, part) for part in parts if dataclasses.is_dataclass(part)), None)
 
 
 def _reject_unknown(given: Sequence[str], config_class: type, where: str) -> None:
@@ -63,6 +80,78 @@ def _flat(tree: dict[str, Any], config_class: type, prefix: str = "") -> Iterato
             yield from _flat(value, config_class, name + ".")
 
 
+def _check_groups(tree: Mapping[Any, Any], config_class: type, where: str) -> None:
+    """Refuse anything but a mapping in place of a group: the group's settings would silently be the defaults again."""
+    kinds = dict(_kinds(config_class))
+
+    def check(part: Mapping[Any, Any], prefix: str) -> None:
+        for key, value in part.items():
+            name = f"{prefix}{key}"
+            kind = kinds.get(name)
+            if _group_of(kind) is None or (value is None and types.NoneType in typing.get_args(kind)):
+                continue
+            if not isinstance(value, dict):
+                raise _no_group(name, "null" if value is None else reprlib.repr(value), kind, where)
+            check(value, f"{name}.")
+
+    check(tree, "")
+
+
+def _no_group(name: str, given: str, kind: Any, where: str) -> SettingsError:
+    inner = [f.name for f in dataclasses.fields(cast(Any, _group_of(kind)))]
+    return SettingsError(
+        f"{name} is {given[:80]} in {where}, but it is a group, a mapping of the settings {', '.join(inner)}; give "
+        f"some of them, such as {name}.{inner[0]}, or leave {name} out"
+    )
+
+
+def _said(error: Exception, config_class: type) -> str:
+    """What jsonargparse said; of a group or a list that was given as something else in words of our own."""
+    text = str(error)
+    found = re.match(r'Parser key "([^"]+)":\s*(.*?)(?:Got value: (.*))?$', text, re.DOTALL)
+    if found is None:
+        return text
+    name, wanted, given = found[1], found[2], found[3] or ""
+    kind = dict(_kinds(config_class)).get(name)
+    if _group_of(kind) is not None and (config := re.match(r"Unable to load config '(.*?)'\n", wanted, re.DOTALL)):
+        return str(_no_group(name, config[1], kind, "the command line (ARGS)"))
+    if "<class 'tuple'>" not in wanted:
+        return text
+    items = [] if given == "None" else [word.strip() for word in given.split(",")]
+    strings = typing.get_args(kind)[:1] == (str,)
+    written = json.dumps(items, ensure_ascii=False) if strings else f"[{', '.join(items)}]"
+    return f"{name} is {given!r}; it must be a list: --{name} {shlex.quote(written)}, or in YAML {name}: {written}"
+
+
+def _check_finite(name: str, value: Any) -> None:
+    """Refuse NaN and infinity: nothing here means them, and what they do is found out far from where they were set."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingsError(f"{name} is {value}; it must be a finite number")
+    for part in value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else ():
+        _check_finite(name, part)
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[Any, Any]:
+    """The settings in a YAML file, as they stand there; empty where it holds nothing or comments alone.
+
+    Raises:
+        SettingsError: no such file, or one that cannot be read as a mapping.
+    """
+    if not os.path.isfile(path):
+        raise SettingsError(f"settings file {os.fspath(path)!r} does not exist; give a YAML file or leave --config out")
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror or error}") from None
+    except RecursionError:
+        raise SettingsError(f"{path} cannot be read: it is nested too deeply for settings") from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date or a number that cannot be one
+        raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, (dict, types.NoneType)):
+        raise SettingsError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
+    return tree or {}
+
+
 def parse(config_class: type[T], argv: Sequence[str], *, layers: Sequence[str | Path] = (), prog: str = "") -> T:
     """Settings from YAML `layers`, then `argv` (`--name value`, `--group.name value`, `--config file.yaml`).
 
@@ -83,33 +172,37 @@ def parse(config_class: type[T], argv: Sequence[str], *, layers: Sequence[str | 
     tokens += list(argv)
     given = [t[2:].split("=", 1)[0] for t in tokens if t.startswith("--")]
     _reject_unknown([g for g in given if g != "config"], config_class, "the command line (ARGS)")
-    for i, token in enumerate(tokens):
-        path = token.split("=", 1)[1] if token.startswith("--config=") else None
-        if token == "--config" and i + 1 < len(tokens):
-            path = tokens[i + 1]
-        if path is None:
-            continue
-        if not Path(path).is_file():
-            raise SettingsError(f"settings file {path!r} does not exist; give a YAML file or leave --config out")
-        try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(tree, dict):
-            raise SettingsError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
-        _reject_unknown(list(_flat(tree, config_class)), config_class, path)
+    kept: list[str] = []
+    while tokens:
+        words = [tokens.pop(0)]
+        if words == ["--config"]:
+            words += tokens[:1]
+            del tokens[:1]
+        path = words[0].split("=", 1)[1] if words[0].startswith("--config=") else words[1] if len(words) > 1 else None
+        if path is not None:
+            tree = read_yaml(path)
+            _reject_unknown(list(_flat(tree, config_class)), config_class, path)
+            _check_groups(tree, config_class, path)
+            if not tree:  # jsonargparse takes no file without settings
+                continue
+        kept += words
     try:
-        parsed = parser.parse_args(tokens)
+        parsed = parser.parse_args(kept)
+        leaves = dict(parsed.items())
+        _check_groups(leaves, config_class, "the command line (ARGS)")  # inside a group given as JSON
         built = parser.instantiate(parsed)
     except SystemExit as error:  # jsonargparse leaves this way on some errors
         raise SettingsError("the settings could not be read; see the message above") from error
     except Exception as error:
-        raise SettingsError(str(error)) from error
+        raise SettingsError(_said(error, config_class)) from error
     values = {f.name: getattr(built, f.name) for f in dataclasses.fields(cast(Any, config_class))}
     try:
-        return config_class(**values)
+        config = config_class(**values)
     except (TypeError, ValueError) as error:
         raise SettingsError(str(error)) from error
+    for name, value in leaves.items():  # last: where a setting has bounds, its own words name them
+        _check_finite(name, value)
+    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from musicgen.settings import SettingsError, from_dict, parse, to_dict
+from training.config import read_config
 
 
 @dataclass(frozen=True)
@@ -58,3 +59,79 @@ def test_mistakes_in_yaml(tmp_path: Path) -> None:
     layer.write_text("- 1\n")
     with pytest.raises(SettingsError, match="expected a mapping"):
         parse(Config, [], layers=[layer])
+
+
+GROUPS = ["lm: 5", "batch: 3", "batch: null", "batch:", "optim: hello", "lora: 16", "log: null", "hardware: []"]
+
+
+@pytest.mark.parametrize("text", [*GROUPS, "batch: {augment: 1}", "lm.condition: 5"])
+def test_a_group_is_a_mapping(tmp_path: Path, text: str) -> None:
+    """Anything else would put the whole group back to its defaults, the model's size included."""
+    layer = tmp_path / "a.yaml"
+    layer.write_text(text + "\n")
+    name = "batch.augment" if "augment" in text else text.split(":")[0]
+    with pytest.raises(SettingsError, match=rf"{name} is \S+ in .*a\.yaml, but it is a group, .*such as {name}\.\w+"):
+        read_config(["--config", str(layer)], folders=False)
+
+
+@pytest.mark.parametrize("argv", [["--batch", "3"], ["--batch=null"], ["--batch", '{"augment": 3}']])
+def test_a_group_is_a_mapping_on_the_command_line(argv: list[str]) -> None:
+    with pytest.raises(SettingsError, match=r"batch(\.augment)? is .* in the command line .* it is a group"):
+        read_config(argv, folders=False)
+    assert read_config(["--batch", '{"size": 5}'], folders=False).batch.size == 5
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "---\n", "null\n", "{}\n"])
+def test_a_file_without_settings_changes_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    for argv in (["--config", str(tmp_path / "a.yaml")], [f"--config={tmp_path / 'a.yaml'}"]):
+        assert read_config(argv, folders=False) == read_config([], folders=False)
+        assert parse(Config, [*argv, "--seed", "3"]) == Config(seed=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[" * 5000, "cannot be read: it is nested too deeply"),
+        ("{a: " * 5000, "cannot be read: it is nested too deeply"),
+        ("steps: 2026-99-99", "is not YAML: month must be"),
+        ("steps: [", "is not YAML"),
+        ("a: &a {b: *a}", "unknown setting 'a'"),
+        ("false", "expected a mapping of settings, found bool"),
+    ],
+)
+def test_a_file_that_cannot_be_read(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(SettingsError, match=told):
+        read_config(["--config", str(tmp_path / "a.yaml")], folders=False)
+
+
+@pytest.mark.parametrize("path", ["", "x" * 5000, "a\0b", "/"])
+def test_a_file_that_is_none(path: str) -> None:
+    with pytest.raises(SettingsError, match=r"settings file .* does not exist"):
+        read_config(["--config", path], folders=False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (
+            ["--select.artists", "nobody"],
+            r"""select.artists is 'nobody'; it must be a list: .* '\["nobody"\]', or in YAML""",
+        ),
+        (["--log.prompts", "slow, sad"], r"""--log.prompts '\["slow", "sad"\]'"""),
+        (["--log.prompts", "null"], r"""--log.prompts '\[\]'"""),
+    ],
+)
+def test_a_list_is_shown_as_it_is_written(argv: list[str], told: str) -> None:
+    with pytest.raises(SettingsError, match=told):
+        read_config(argv, folders=False)
+
+
+@pytest.mark.parametrize("text", ["optim: {weight_decay: .nan}", "select: {minutes: .inf}", "lm: {dropout: -.inf}"])
+def test_numbers_are_finite(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(SettingsError, match=r"\w+\.\w+ is -?(nan|inf); it must be"):
+        read_config(["--config", str(tmp_path / "a.yaml")], folders=False)
+    with pytest.raises(SettingsError, match=r"betas is nan; it must be a finite number"):
+        parse(Config, ["--optim.betas", "[0.9, .nan]"])

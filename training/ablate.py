@@ -26,7 +26,7 @@ from typing import Any
 from musicgen import files, patterns, settings
 from musicgen.errors import UserError
 from training import budget, record, train
-from training.config import CONFIGS, TrainConfig, read_config, task_of
+from training.config import CONFIGS, TrainConfig, read_config, task_of, value_of
 
 # Table 4: columns of 30 s, FAD, KL, CLAP score as printed; OVL and REL were noted from memory (see UNVERIFIED).
 PAPER: dict[str, tuple[int, float, float, float, float, float]] = {
@@ -58,6 +58,8 @@ class AblateConfig:
     out: str = "runs/ablate"
 
     def __post_init__(self) -> None:
+        if not self.out.strip():
+            raise ValueError("out is empty; give a folder for the runs and figures.json, such as OUT=runs/ablate")
         for name in self.patterns:
             if name not in patterns.PATTERNS:
                 raise ValueError(f"unknown pattern {name!r}; allowed: {', '.join(patterns.PATTERNS)}")
@@ -78,6 +80,26 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             rest.append(token)
     return own, rest
+
+
+# Settings of training that the comparison sets itself, and what to give instead.
+_OWN = {
+    "lm.pattern": 'give the patterns to compare as --patterns \'["delay", "parallel"]\'',
+    "run": "give the folder of all runs as OUT",
+    "stop_at": "patterns are compared after all their steps; give fewer as STEPS",
+}
+
+
+def check_training(argv: Sequence[str]) -> None:
+    """Refuse what would be overridden or spoil the comparison among the settings that go on to training.
+
+    Raises:
+        UserError: naming the setting and what to give instead.
+    """
+    for name, instead in _OWN.items():
+        given = value_of(name, argv, "0" if name == "stop_at" else "")
+        if given != ("0" if name == "stop_at" else ""):
+            raise UserError(f"--{name} {given} cannot be given to a comparison of patterns: {instead}")
 
 
 def equal_steps(steps: int, flop: float, reference: float) -> int:
@@ -218,6 +240,7 @@ def main(argv: Sequence[str]) -> int:
     """Train, print the tables, write figures.json; see `AblateConfig`."""
     own, training = split_arguments(argv)
     config = settings.parse(AblateConfig, own, prog="python -m training.ablate")
+    check_training(training)
     found = run_all(config, training)
     files.write_bytes(files.join(config.out, "figures.json"), (json.dumps(found, indent=2) + "\n").encode())
     print("\n".join(lines(found)))

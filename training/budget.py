@@ -22,7 +22,10 @@ from training.devices import GIB, Device, expected_mfu
 
 FLOP_RULE = "3 x forward; matrix products of layers and heads, causal half of attention, no recompute, no text encoder"
 TEXT_TOKENS = 32  # of a caption, where none is at hand to count
-TRAFFIC_SHOWS = 1 / 3  # of computing: from here on weights are not sent between nodes
+TRAFFIC_SHOWS = 1 / 3  # of computing: from here on that layout is preferred which talks least
+# Seconds for which one rank of a ring waits for the one before it, inside a node and between two: NCCL's own reckoning
+# (hwLatencies of its LL128 rings, src/graph/tuning.cc).
+HOP, FAR_HOP = 1.9e-6, 4.0e-6
 NEAR = 1.03  # times the least time of a step: as good, so that the simpler layout is taken
 # Forward passes that are made again. `selective` repeats no matrix product; its norms and activations are set at a
 # twentieth of a step's time, assumed and not measured.
@@ -188,24 +191,52 @@ class Plan:
         return max(self.compute_seconds(rate), self.communication_seconds())
 
     def communication_seconds(self) -> float:
-        """Seconds of traffic per step, most of it hidden behind computing.
+        """Seconds of traffic per step on the busier of the two ways, most of it hidden behind computing."""
+        return max(self.traffic_seconds())
 
-        Sharded weights are gathered twice per pass in bf16 and their gradients reduced in float32; copies of the model
-        all-reduce float32 gradients once per step.
+    def traffic_seconds(self) -> tuple[float, float]:
+        """Seconds of traffic per step inside the nodes and between them.
+
+        Sharded weights are gathered twice per pass, in bf16 where the run computes so, and their gradients reduced in
+        float32: each in a ring over the ranks that share a copy, at the pace of its slowest link, with a hop per rank
+        and block. Copies all-reduce float32 gradients, DDP once per step, mirrored shards with every pass, in trees
+        whose few hops are left out. Where groups stay inside a node, the network carries gradients while the links
+        inside carry weights: FSDP2 gives the two queues of their own.
         """
         if self.ranks == 1:
-            return 0.0
-        n = self.task.lm.num_parameters()
-        across = self.device.network if self.nodes > 1 else self.device.link
-        seconds = 0.0
+            return 0.0, 0.0
+        device, per_node = self.device, self.ranks // self.nodes
+        inside = between = 0.0
         if self.shards > 1:
-            rate = across if self.shards > self.ranks // self.nodes else self.device.link
-            seconds += self.accumulate * n * (2 * (2 if self.task.bf16 else 4) + 4) / rate
+            low, n = 2 if self.task.bf16 else 4, self.task.lm.num_parameters()
+            share = self.accumulate * n * (2 * low + 4) * (1 - 1 / self.shards)
+            if per_node % self.shards:
+                between += share / min(device.link, device.network) + self.hop_seconds()
+            else:
+                inside += share / device.link + self.hop_seconds()
         if self.shards < self.ranks:
-            # The groups' parts go out side by side, over what a node's cards reach together.
-            at_once = min(self.shards, self.ranks // self.nodes) if self.nodes > 1 else 1
-            seconds += 2 * 4 * self.task.trained / self.shards * at_once / across
-        return seconds
+            passes = self.accumulate if self.shards > 1 else 1
+            sent = passes * 2 * 4 * self.task.trained / self.shards
+            # Mirrors that share a node add up first, then nodes; parts go out side by side over what a node's cards
+            # reach together.
+            here = max(per_node // self.shards, 1)
+            nodes = self.ranks // self.shards // here
+            inside += sent * (1 - 1 / here) / device.link
+            between += sent * min(self.shards, per_node) * (1 - 1 / nodes) / device.network
+        return inside, between
+
+    def links_needed(self, rate: float) -> float | None:
+        """How many times as fast links would have to be for traffic to hide behind computing at `rate`; None where hops
+        alone take longer."""
+        hops, compute = self.hop_seconds(), self.compute_seconds(rate)
+        return (self.communication_seconds() - hops) / (compute - hops) if compute > hops else None
+
+    def hop_seconds(self) -> float:
+        """Seconds per step for which rings of sharded weights wait for their ranks, however fast the links are."""
+        per_node = self.ranks // self.nodes
+        nodes = -(-self.shards // per_node)
+        hops = (self.shards - nodes) * HOP + (nodes - 1) * FAR_HOP
+        return self.accumulate * 3 * self.task.lm.num_layers * hops
 
 
 def memory_by_part(
@@ -267,8 +298,8 @@ def choose(
 
     All strategies and kinds of recomputing are weighed, each with the largest micro-batch that fits. Of those within
     `NEAR` of the least time the first is taken: no recomputing before selective before full; within that one copy per
-    rank (DDP), which talks least, then sharding (FSDP2) over all ranks, or first inside each node (hybrid) from where
-    the weights' traffic between nodes would show.
+    rank (DDP), then sharding (FSDP2) over all ranks, or, from where that traffic would show (`TRAFFIC_SHOWS`), what
+    talks less of it and of sharding inside each node (hybrid), whose weights do not travel between nodes.
 
     Args:
         ranks: processes in all, one per GPU.
@@ -303,7 +334,8 @@ def choose(
     }
     asked = {name: value for name, value in wanted.items() if value not in ("auto", 0)}
     # No rate is measured here: every rank must come to the same choice.
-    rate = (mfu or expected_mfu(task.lm.dim)) * (device.peak or (1e12 if device.is_cpu else 100e12))
+    peak = device.peak_in(bf16=task.bf16) or (1e12 if device.is_cpu else 100e12)
+    rate = (mfu or expected_mfu(task.lm.dim)) * peak
     fitting: list[Plan] = []
     smallest: dict[str, Plan] = {}  # of each kind
     for kind in kinds:
@@ -321,14 +353,31 @@ def choose(
                     break
         sharded = next((plan for plan in of_kind if plan.strategy == "fsdp"), None)
         if sharded and sharded.communication_seconds() > TRAFFIC_SHOWS * sharded.compute_seconds(rate):
-            of_kind.sort(key=lambda plan: ("ddp", "hybrid", "fsdp").index(plan.strategy))
+            of_kind.sort(key=lambda plan: (plan.strategy != "ddp", plan.communication_seconds()))
         fitting += of_kind
     if fitting:
         least = min(plan.step_seconds(rate) for plan in fitting)
         chosen = next(plan for plan in fitting if plan.step_seconds(rate) <= NEAR * least)
     else:
         chosen = min(smallest.values(), key=lambda plan: plan.needed)
-    return replace(chosen, why_recomputed=_why_recomputed(chosen, fitting, smallest))
+    return replace(chosen, why=_why(chosen, fitting, rate), why_recomputed=_why_recomputed(chosen, fitting, smallest))
+
+
+def _why(chosen: Plan, fitting: Sequence[Plan], rate: float) -> str:
+    """Why a strategy was taken, in words: with the figures where another one would do as well."""
+    if "strategy" in chosen.asked:
+        return chosen.why
+    same = {plan.strategy: plan for plan in fitting if plan.checkpointing == chosen.checkpointing}
+    if chosen.strategy == "hybrid" and "fsdp" in same:
+        own, other = chosen.communication_seconds(), same["fsdp"].communication_seconds()
+        return f"{chosen.why} ({own:.3g} s of traffic; over all ranks {other:.3g} s)"
+    copies = [plan for plan in fitting if plan.strategy == "ddp"]
+    if chosen.strategy == "fsdp" and copies:
+        least = min(copies, key=lambda plan: plan.step_seconds(rate))
+        how = "" if least.checkpointing == "none" else f" only with {least.checkpointing} recomputing"
+        seconds = f"{least.step_seconds(rate):.3g} s per step instead of {chosen.step_seconds(rate):.3g} s"
+        return f"a whole copy fits one GPU{how}, which makes it {seconds}"
+    return chosen.why
 
 
 def _why_recomputed(chosen: Plan, fitting: Sequence[Plan], smallest: dict[str, Plan]) -> str:
@@ -383,7 +432,7 @@ def _layouts(
         "hybrid": (
             "hybrid",
             group,
-            f"sharding in groups of {group} keeps the weights' traffic off the network",
+            f"weights travel inside groups of {group}, between them only gradients",
         ),
     }
     if strategy == "single":

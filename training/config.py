@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from musicgen import settings
 from musicgen.adapters import AdapterConfig, num_parameters
 from musicgen.config import SIZES, LMConfig, size
 from musicgen.errors import UserError
+from musicgen.settings import SettingsError
 from training import budget, finetune
 from training import folder as folder_of
 from training.callbacks import LogConfig
@@ -92,12 +91,12 @@ def read_config(argv: Sequence[str], *, folders: bool = True) -> TrainConfig:
         UserError: unknown SIZE, no DATA, no RUN.
         SettingsError: unknown setting or a value that is not allowed.
     """
-    name = _value_of("size", argv, "demo")
+    name = value_of("size", argv, "demo")
     if name not in SIZES:
         raise UserError(f"unknown SIZE {name!r}; allowed: {', '.join(SIZES)}")
     shape = [f"--{key}={_word(value)}" for key, value in folder_of.flat({"lm": settings.to_dict(size(name))}).items()]
-    adapter = _value_of("lora.rank", argv, "0") != "0"
-    layers = finetune.layers(CONFIGS, name, init=bool(_value_of("init", argv)), adapter=adapter)
+    adapter = value_of("lora.rank", argv, "0") != "0"
+    layers = finetune.layers(CONFIGS, name, init=bool(value_of("init", argv)), adapter=adapter)
     config = settings.parse(TrainConfig, [*shape, *argv], layers=layers, prog="python -m training.train")
     if folders and not config.data:
         raise UserError("DATA is missing; give a data set made by `make ingest`, such as DATA=data/demo")
@@ -109,7 +108,7 @@ def read_config(argv: Sequence[str], *, folders: bool = True) -> TrainConfig:
         raise UserError(f"steps is {config.steps} and stop_at {config.stop_at}; give steps >= 1 and stop_at >= 0")
     if not 0 <= config.seed < SEEDS:
         raise UserError(f"seed is {config.seed}; give a whole number from 0 to 2**63 - 1 ({SEEDS - 1})")
-    read = {"size": name, "init": bool(_value_of("init", argv)), "lora.rank": adapter}
+    read = {"size": name, "init": bool(value_of("init", argv)), "lora.rank": adapter}
     for key, found in (("size", config.size), ("init", bool(config.init)), ("lora.rank", bool(config.lora.rank))):
         if found != read[key]:  # of which the settings files of the run's size, of fine-tuning and of adapters follow
             raise UserError(f"{key} was given in a form that is not read here; give --{key} on the command line")
@@ -121,7 +120,7 @@ def _word(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _value_of(name: str, argv: Sequence[str], default: str = "") -> str:
+def value_of(name: str, argv: Sequence[str], default: str = "") -> str:
     """The last value of a setting: `--name VALUE`, `--name=VALUE`, or what a `--config FILE` has for it."""
     found = default
     for i, token in enumerate(argv):
@@ -138,10 +137,9 @@ def _value_of(name: str, argv: Sequence[str], default: str = "") -> str:
 def _value_in(file: Path, name: str, default: str) -> str:
     """A setting in a YAML file; what is wrong with the file is for `settings.parse` to say."""
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        found = folder_of.flat(settings.read_yaml(file)).get(name, default)
+    except (SettingsError, RecursionError):
         return default
-    found = folder_of.flat(tree).get(name, default) if isinstance(tree, dict) else default
     return "" if found is None else str(found)
 
 

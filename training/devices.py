@@ -1,7 +1,7 @@
 """What a run may compute on: kinds of GPU with memory, peak and links, and what this machine has.
 
-Peaks are the makers' dense bf16 figures; links are what collectives reach, about 0.8 of the nominal rate. They are
-yardsticks for a plan (training.budget), not measurements.
+Peaks are the makers' dense figures, in bf16 and, without tensor cores, in float32: training takes no TF32. Links are
+what collectives reach, about 0.8 of the nominal rate. They are yardsticks for a plan (training.budget), not measured.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Device:
     Attributes:
         memory: bytes of one.
         peak: dense bf16 FLOP per second; None when it is not known.
+        peak_float32: the same in float32.
         link: bytes per second and GPU of a collective inside a node (bus bandwidth).
         network: the same across nodes, all network cards of a node together.
         per_node: GPUs of a usual node.
@@ -32,6 +33,7 @@ class Device:
     name: str
     memory: float
     peak: float | None
+    peak_float32: float | None = None
     link: float = 350e9
     network: float = 350e9
     per_node: int = 8
@@ -41,18 +43,22 @@ class Device:
         """Whether these are processes on a CPU."""
         return self.name == "cpu"
 
+    def peak_in(self, *, bf16: bool) -> float | None:
+        """Dense FLOP per second in bf16, else in float32; None when it is not known."""
+        return self.peak if bf16 else self.peak_float32
+
 
 DEVICES: dict[str, Device] = {
     d.name: d
     for d in (
-        Device("h200", 139.8 * GIB, 989e12),
-        Device("h100-80", 79.1 * GIB, 989e12),
-        Device("a100-80", 79.2 * GIB, 312e12, link=230e9, network=160e9),
-        Device("a100-40", 39.4 * GIB, 312e12, link=230e9, network=160e9),
-        Device("l40s", 44.4 * GIB, 362e12, link=22e9, network=20e9),
-        Device("a10g", 22.0 * GIB, 70e12, link=10e9, network=6e9, per_node=4),
-        Device("rtx4090", 23.6 * GIB, 165e12, link=20e9, network=3e9, per_node=4),
-        Device("rtx3090", 23.6 * GIB, 71e12, link=10e9, network=3e9, per_node=4),
+        Device("h200", 139.8 * GIB, 989e12, 67e12),
+        Device("h100-80", 79.1 * GIB, 989e12, 67e12),
+        Device("a100-80", 79.2 * GIB, 312e12, 19.5e12, link=230e9, network=160e9),
+        Device("a100-40", 39.4 * GIB, 312e12, 19.5e12, link=230e9, network=160e9),
+        Device("l40s", 44.4 * GIB, 362e12, 91.6e12, link=22e9, network=20e9),
+        Device("a10g", 22.0 * GIB, 70e12, 35e12, link=10e9, network=6e9, per_node=4),
+        Device("rtx4090", 23.6 * GIB, 165e12, 82.6e12, link=20e9, network=3e9, per_node=4),
+        Device("rtx3090", 23.6 * GIB, 71e12, 35.6e12, link=10e9, network=3e9, per_node=4),
     )
 }
 
@@ -116,9 +122,9 @@ def cpu_rate(bf16: bool, seconds: float = 0.2) -> float:
 
 
 def peak_of(device: Device, ranks: int, *, bf16: bool) -> float | None:
-    """FLOP per second of all ranks that an MFU is a share of: dense bf16 peaks of GPUs, on a CPU what a matrix product
-    of this process reaches; None for a GPU that is not known."""
-    peak = cpu_rate(bf16) if device.is_cpu else device.peak
+    """FLOP per second of all ranks that an MFU is a share of, in the run's precision: dense peaks of GPUs, on a CPU
+    what a matrix product of this process reaches; None for a GPU that is not known."""
+    peak = cpu_rate(bf16) if device.is_cpu else device.peak_in(bf16=bf16)
     return None if peak is None else ranks * peak
 
 
@@ -140,7 +146,11 @@ def rate_of(device: Device, *, bf16: bool, mfu: float, assumed: bool = True) -> 
     if device.is_cpu:
         rate = cpu_rate(bf16)
         return mfu * rate, f"{mfu:.0%} of the {rate / 1e9:.0f} GFLOP/s that a matrix product reaches here"
-    if device.peak is None:
+    peak = device.peak_in(bf16=bf16)
+    if peak is None:
         return None, ""
     source = "assumed" if assumed else "measured on one H200" if device.name == "h200" else "as measured on one H200"
-    return mfu * device.peak, f"an MFU of {mfu:.0%} ({source}; of {device.peak / 1e12:.0f} TFLOP/s dense bf16)"
+    if not (assumed or bf16):
+        source = "that of bf16, not measured in float32"
+    precision = "bf16" if bf16 else "float32"
+    return mfu * peak, f"an MFU of {mfu:.0%} ({source}; of {peak / 1e12:.3g} TFLOP/s dense {precision})"

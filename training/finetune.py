@@ -11,9 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from musicgen.errors import UserError
+from training import folder as folder_of
 
 if TYPE_CHECKING:
     from musicgen.lm import MusicLM
@@ -43,37 +42,46 @@ def base_of(config: TrainConfig) -> dict[str, Any]:
         )
     from musicgen import adapters
 
-    books = _info_of(config)["lm"]["num_codebooks"]
+    info = _info_of(config)
+    shape = info.get("lm")
+    books = shape.get("num_codebooks") if isinstance(shape, dict) else None
     if books != config.lm.num_codebooks:
         raise UserError(
             f"LORA={config.lora.rank} on INIT={config.init!r}, which has {books} codebooks, in a run of "
             f"{config.lm.num_codebooks}: an adapter cannot widen a mono model for stereo. Train the stereo model whole "
             "first (without LORA), and adapt that one"
         )
-    return adapters.base_of(config.init)
+    return adapters.name_of(config.init, info)
 
 
 def origin_of(config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """What the run's releases say of the model it began from: inherited licences, and an adapter's codec and text
-    encoder, which are its base's. A run that goes on has it in its config.yaml and does not need INIT for it.
+    """What the run's releases say of the model it began from: its identity and inherited licences, and an adapter's
+    codec and text encoder, which are its base's (whose identity the base has).
+
+    A run that goes on has it in its config.yaml and does not need INIT for it, unless that stands elsewhere now or no
+    step was made: then its identity is read again, for `folder.check_same_run` to compare.
 
     Args:
         folder: the run's folder.
 
     Raises:
-        UserError: INIT is not there, and the run does not have it (it is new, or of an earlier version).
+        UserError: INIT is not there and needed, or the run's config.yaml is damaged.
     """
     if not config.init:
         return {}
-    from musicgen import weights
+    from musicgen import adapters, weights
 
-    file = folder / "config.yaml"
-    stored = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if isinstance(stored, dict) and "origin" in stored:
-        return stored["origin"]
+    stored = folder_of.stored_config(folder) or {}
+    origin = stored.get("origin")
+    if origin is not None:
+        moved = stored["settings"].get("init") != config.init
+        if "began_from" in origin and (moved or not folder_of.steps_of(folder)):
+            return {**origin, "began_from": adapters.name_of(config.init, _info_of(config))}
+        return origin
     info = _info_of(config)
-    parts = {part: info[part] for part in ("codec", "text_encoder")} if config.lora.rank else {}
-    return {**parts, "inherited": weights.inherited(config.init)}
+    adapted = {part: info[part] for part in ("codec", "text_encoder")}
+    began = {"began_from": adapters.name_of(config.init, info)}
+    return {**(adapted if config.lora.rank else began), "inherited": weights.inherited(config.init)}
 
 
 def _info_of(config: TrainConfig) -> dict[str, Any]:
@@ -83,6 +91,12 @@ def _info_of(config: TrainConfig) -> dict[str, Any]:
     try:
         return weights.read_info(config.init)
     except UserError as error:
+        if not (Path(config.run) / "config.yaml").exists():
+            raise UserError(
+                f"INIT={config.init!r}, the model to "
+                + ("train an adapter of" if config.lora.rank else "begin from")
+                + f", cannot be read: {error}"
+            ) from error
         raise UserError(
             f"INIT={config.init!r}, the model that this run "
             + ("trains an adapter of" if config.lora.rank else "began from")

@@ -1,7 +1,9 @@
 """A run's folder: whose it is, what it was started with, and from which step it goes on.
 
 config.yaml holds settings, data version, codec and text encoder. A run goes on only with the same of them; settings
-that do not change what is learned (`_FREE`) may differ between two starts.
+that do not change what is learned (`_FREE`) may differ between two starts. What is known by its contents, the codec
+and the model that the run began from, may have moved to another place. Folders outlive crashes, full disks and hands:
+`config_in` is how all read config.yaml, and says what is wrong with it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import fcntl
 import os
 import shutil
 import socket
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,16 @@ from musicgen import about
 from musicgen.errors import UserError
 from training import record, state
 
-# Settings that may change between two starts of one run: none of them changes what is learned.
-_FREE = ("run", "data", "cache", "stop_at", "hardware", "ray", "log", "licence", "batch.workers", "batch.accumulate")
+# Settings that may change between two starts of one run: none of them changes what is learned. DATA and the codec are
+# known by version and identity; a start from the codebooks matters before the first step alone.
+_FREE = (
+    "run", "data", "cache", "codec", "codebook_init", "stop_at", "hardware", "ray", "log", "licence", "batch.workers",
+    "batch.accumulate",
+)  # fmt: skip
+# What config.yaml of a run holds; of those that are named, name and identity are read.
+_PARTS = {"settings": dict, "dataset_version": str, "codec": dict, "text_encoder": dict, "wandb_run_id": str}
+_NAMED = ("codec", "text_encoder", "base")
+_NONE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # no file can stand there
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -40,13 +51,79 @@ def plain(tree: Any) -> Any:
     return [plain(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
 
 
-def check_same_run(folder: Path, stored: dict[str, Any], wanted: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Refuse to go on with a run under other settings, another data set, codec or text encoder.
+def config_in(folder: Path) -> tuple[Any, str]:
+    """What config.yaml of a folder holds (None where it cannot be read), and what is wrong with it as that of a run.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    file = folder / "config.yaml"
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for
+            return None, f"it cannot be read: it is {'a folder' if file.is_dir() else 'no file'}"
+        config = yaml.safe_load(file.read_bytes())
+    except OSError as error:
+        if error.errno in _NONE:
+            raise FileNotFoundError(error.errno, error.strerror, str(file)) from None
+        return None, f"it cannot be read: {error.strerror or error}"
+    except RecursionError:
+        return None, "it cannot be read: it is nested too deeply"
+    except (ValueError, yaml.YAMLError) as error:
+        return None, f"it cannot be read: {' '.join(str(error).split())}"
+    return ({}, "it is empty") if config is None else (config, _wrong_in(config))
+
+
+def _wrong_in(config: Any) -> str:
+    """What keeps a document from being the config.yaml of a run; empty where nothing does."""
+    if not isinstance(config, dict):
+        return f"it holds a {type(config).__name__} instead of a run's settings"
+    for part, kind in _PARTS.items():
+        if part not in config:
+            return f"it has no {part}"
+        if not isinstance(config[part], kind):
+            return f"{part} is {_kind(config[part])} instead of {'a mapping' if kind is dict else 'text'}"
+    origin = config.get("origin", {})
+    if not isinstance(origin, dict):
+        return f"origin is {_kind(origin)} instead of a mapping"
+    named = {part: config[part] for part in _NAMED if part in config}
+    named |= {"origin.began_from": origin["began_from"]} if "began_from" in origin else {}
+    for part, names in named.items():
+        if not isinstance(names, dict) or not all(isinstance(names.get(key), str) for key in ("name", "identity")):
+            return f"{part} has no name and identity"
+    return ""
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"of type {type(value).__name__}"
+
+
+def stored_config(folder: Path) -> dict[str, Any] | None:
+    """config.yaml of a run's folder; None where there is none. Raises `UserError` where it is damaged."""
+    try:
+        config, wrong = config_in(folder)
+        if not wrong:
+            flat(config["settings"])
+    except FileNotFoundError:
+        return None
+    except RecursionError:
+        wrong = "its settings hold themselves"
+    if wrong:
+        raise UserError(
+            f"RUN={str(folder)!r}: config.yaml is damaged ({wrong}); give another RUN, or restore it from a copy"
+        )
+    return config
+
+
+def check_same_run(
+    folder: Path, stored: dict[str, Any], wanted: dict[str, Any], defaults: dict[str, Any], *, begun: bool = True
+) -> None:
+    """Refuse to go on with a run under other settings, another data set, codec, text encoder or beginning.
 
     Args:
-        stored: config.yaml of the run.
+        stored: config.yaml of the run, as `stored_config` gives it.
         wanted: the same of this start.
         defaults: every setting's default.
+        begun: the run has made steps, so that its INIT is not read any more unless it is an adapter's base.
 
     Raises:
         UserError: naming every difference.
@@ -59,18 +136,13 @@ def check_same_run(folder: Path, stored: dict[str, Any], wanted: dict[str, Any],
                 f"{wanted[part]['identity'][:12]}…), whose numbers mean other things. Use the one of the run, or "
                 "give another RUN to start anew"
             )
-    if stored.get("base") != wanted.get("base") and stored.get("base"):
-        raise UserError(
-            f"RUN={str(folder)!r} trains an adapter of the model {stored['base']['name']!r} (identity "
-            f"{stored['base']['identity'][:12]}…), but INIT is now "
-            + (f"another one (identity {wanted['base']['identity'][:12]}…)" if wanted.get("base") else "no base at all")
-            + ". Give the model it began with, or another RUN to start anew"
-        )
+    free = (*_FREE, "init") if _same_beginning(folder, stored, wanted, begun) else _FREE
     if stored["dataset_version"] != wanted["dataset_version"]:
         raise UserError(
             f"RUN={str(folder)!r} was trained on data version {stored['dataset_version'][:12]}…, DATA now has version "
             f"{wanted['dataset_version'][:12]}…; a run goes on with the data it began with. Give that data set, or "
-            "another RUN to start anew"
+            "another RUN to start anew, or go on from what this run has learned with the data that is left: "
+            f"INIT={folder / 'release'} RUN=<another>"
         )
     # A setting that did not exist when the run began has its default, which is what the run did then.
     before = flat(defaults) | flat(stored["settings"])
@@ -78,7 +150,7 @@ def check_same_run(folder: Path, stored: dict[str, Any], wanted: dict[str, Any],
     differing = [
         f"{name}: the run has {before.get(name, '(absent)')!r}, given {now.get(name, '(absent)')!r}"
         for name in sorted({*before, *now})
-        if before.get(name) != now.get(name) and not any(name == f or name.startswith(f"{f}.") for f in _FREE)
+        if before.get(name) != now.get(name) and not any(name == f or name.startswith(f"{f}.") for f in free)
     ]
     if differing:
         raise UserError(
@@ -87,18 +159,40 @@ def check_same_run(folder: Path, stored: dict[str, Any], wanted: dict[str, Any],
         )
 
 
+def _same_beginning(folder: Path, stored: dict[str, Any], wanted: dict[str, Any], begun: bool) -> bool:
+    """Whether INIT is, wherever it stands now, the model that the run began from; else its name has to be the same.
+
+    Raises:
+        UserError: it is another one.
+    """
+    ways = (
+        ("trains an adapter of the model", stored.get("base"), wanted.get("base")),
+        ("began from the model", *(of.get("origin", {}).get("began_from") for of in (stored, wanted))),
+    )
+    for does, before, now in ways:
+        if before and before["identity"] != (now or {}).get("identity"):
+            raise UserError(
+                f"RUN={str(folder)!r} {does} {before['name']!r} (identity {before['identity'][:12]}…), but INIT is now "
+                + (f"another one (identity {now['identity'][:12]}…)" if now else "no model at all")
+                + ". Give the model it began with, or another RUN to start anew"
+            )
+        if before:
+            return True
+    # A run of an earlier version knows no identity; what its releases say of INIT is kept in its config.yaml.
+    return begun and bool(stored.get("origin") and wanted.get("origin"))
+
+
 def find_run(run: str, wanted: dict[str, Any], defaults: dict[str, Any]) -> tuple[str | None, int]:
     """The W&B id of the run in the folder and the step to go on from; None and 0 where there is no run yet.
 
     Raises:
-        UserError: a run of other settings, or a folder of something else.
+        UserError: a run of other settings or with a damaged config.yaml, or a folder of something else.
     """
     folder = Path(run)
-    file = folder / "config.yaml"
-    if file.is_file():
-        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
-        check_same_run(folder, stored, wanted, defaults)
+    stored = stored_config(folder)
+    if stored is not None:
         steps = steps_of(folder)
+        check_same_run(folder, stored, wanted, defaults, begun=bool(steps))
         return stored["wandb_run_id"], steps[-1] if steps else 0
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
@@ -167,7 +261,7 @@ def make_run(run: str, wanted: dict[str, Any]) -> str:
     temporary = folder.with_name(f".{folder.name}.config.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        state.write_synced(temporary, yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode())
         os.replace(temporary, folder / "config.yaml")
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -188,8 +282,10 @@ def steps_of(folder: Path) -> list[int]:
     """
     try:
         return state.steps_in(folder / "state")
+    except OSError as error:
+        raise UserError(f"RUN={str(folder)!r} cannot be read: {error.strerror or error}; give another RUN") from None
     except ValueError:
-        odd = [p.name for p in (folder / "state").glob("step-*") if not p.name.removeprefix("step-").isdecimal()]
+        odd = [p.name for p in (folder / "state").glob("step-*") if not state.is_step(p.name)]
         raise UserError(
             f"RUN={str(folder)!r}: state/ holds {', '.join(sorted(odd))}, allowed are step-N folders alone; move what "
             "else there is out of state/"
@@ -199,15 +295,4 @@ def steps_of(folder: Path) -> list[int]:
 def last_progress(folder: Path) -> state.Progress | None:
     """What the newest state of a run knows; None where there is none. Raises `UserError` where it is damaged."""
     steps = steps_of(folder)
-    if not steps:
-        return None
-    try:
-        progress = state.read_progress(folder / "state", steps[-1])
-    except (TypeError, AttributeError):  # JSON, but not what a state writes
-        progress = None
-    if progress is None or not isinstance(progress.step, int):
-        raise UserError(
-            f"{folder / 'state' / f'step-{steps[-1]}'}: state.json does not hold what this program writes there. "
-            "Delete this folder to go on from an earlier state, or give another RUN to start anew"
-        )
-    return progress
+    return state.read_progress(folder / "state", steps[-1]) if steps else None

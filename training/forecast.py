@@ -19,6 +19,7 @@ from training import budget
 from training.budget import Plan, Task
 from training.config import layout_settings, read_config, task_of
 from training.devices import DEVICES, GIB, Device, device_named, expected_mfu, rate_of
+from training.strategy import HardwareConfig
 
 ADAPTER = 16  # rank of the adapter that is named where a whole model does not fit
 FLAGS = {
@@ -93,8 +94,8 @@ def what_cuts_traffic(plan: Plan, rate: float) -> str:
     Args:
         rate: model FLOP per second and rank.
     """
-    task, compute, talk = plan.task, plan.compute_seconds(rate), plan.communication_seconds()
-    hints = [f"links {talk / compute:.1f} times as fast"]
+    task, faster = plan.task, plan.links_needed(rate)
+    hints = [f"links {faster:.1f} times as fast"] if faster else []
 
     def better(changed: Task, asked: dict[str, Any]) -> Plan | None:
         found = _tried(changed, plan.device, plan.ranks, plan.nodes, asked)
@@ -117,11 +118,21 @@ def what_cuts_traffic(plan: Plan, rate: float) -> str:
                 f"{found.step_seconds(rate) / times:.3g} s per {task.batch} clips with --batch.size {found.task.batch}"
             )
             break
-    return "; ".join(hints)
+    return "; ".join(hints) or "fewer GPUs, or a larger --batch.size"
 
 
 def _size(number: float) -> str:
     return f"{number / GIB:.2f}" if number < 10 * GIB else f"{number / GIB:.1f}"
+
+
+def _unused_group(plan: Plan) -> list[str]:
+    """A line where groups of ranks were asked for and the plan has none."""
+    group = plan.asked.get("shard_group")
+    if not group or plan.strategy == "hybrid":
+        return []
+    whole_only = plan.ranks == 1 or plan.task.adapter or plan.task.moments > 2
+    how = "" if whole_only else "; --hardware.strategy hybrid takes them"
+    return [f"          hardware.shard_group {group} is not used: only hybrid has groups, this is {plan.strategy}{how}"]
 
 
 def lines(plan: Plan, *, name: str, rate: float | None, rate_said: str) -> list[str]:
@@ -152,6 +163,7 @@ def lines(plan: Plan, *, name: str, rate: float | None, rate_said: str) -> list[
         f"hardware  {where}, {'bf16 with float32 master weights' if task.bf16 else 'float32'}, "
         f"{device.memory / GIB:.1f} GiB per {unit}",
         f"strategy  {plan.strategy}" + (f" over {plan.shards} ranks" if plan.shards > 1 else "") + f": {plan.why}",
+        *_unused_group(plan),
         f"batch     {plan.micro} clips per pass x {plan.accumulate} passes x {plan.ranks} ranks, "
         f"activation checkpointing {plan.checkpointing}" + (f": {plan.why_recomputed}" if plan.why_recomputed else ""),
         f"memory    {_size(plan.needed)} GiB per {unit} of {device.memory / GIB:.1f} "
@@ -180,6 +192,8 @@ def lines(plan: Plan, *, name: str, rate: float | None, rate_said: str) -> list[
         )
         if talk > compute and plan.fits:
             out.append(f"traffic   what would help: {what_cuts_traffic(plan, rate)}")
+    else:
+        out.append(f"time      not known: no peak of {device.name} in {'bf16' if task.bf16 else 'float32'} is known")
     if not plan.fits:
         out.append(
             f"no room   the smallest layout needs {_size(plan.needed)} GiB per {unit}, "
@@ -191,6 +205,9 @@ def lines(plan: Plan, *, name: str, rate: float | None, rate_said: str) -> list[
 @dataclass(frozen=True)
 class PlanConfig:
     """Print the plan of a training run on hardware that need not be here.
+
+    GPUS and `per_node` say how many processes and machines there are, in place of `hardware.devices` and
+    `hardware.nodes`.
 
     Args:
         gpus: GPUs in all.
@@ -222,6 +239,19 @@ def rehearsed(plan: Plan) -> str:
     )
 
 
+def _check_hardware(hardware: HardwareConfig, argv: Sequence[str], **planned: int) -> None:
+    """Raises `UserError` where settings of a run name other machines than the plan is for."""
+    given = {name.split("=", 1)[0] for name in argv}
+    for name, number in planned.items():
+        asked = getattr(hardware, name)
+        if asked != number and (f"--hardware.{name}" in given or asked != getattr(HardwareConfig(), name)):
+            raise UserError(
+                f"hardware.{name} is {asked}, and this plan is for {planned['devices']} GPUs on each of its machines, "
+                f"of which there are {planned['nodes']}: a plan takes both from GPUS=… and --per_node …; leave "
+                "hardware.devices and hardware.nodes out"
+            )
+
+
 def main(argv: Sequence[str]) -> int:
     """Print a plan: `PlanConfig`, and all settings of training. Ends with exit code 2 where it cannot fit."""
     from musicgen import settings
@@ -248,6 +278,7 @@ def main(argv: Sequence[str]) -> int:
     per_node = min(wanted.per_node or device.per_node, wanted.gpus)
     if wanted.gpus % per_node:
         raise UserError(f"GPUS={wanted.gpus} is not a multiple of the {per_node} of a node; give --per_node")
+    _check_hardware(config.hardware, rest, nodes=wanted.gpus // per_node, devices=per_node)
     plan = budget.choose(
         replace(task_of(config), bf16=config.hardware.precision != "float32"),  # for GPUs, wherever it is printed
         device,
@@ -256,7 +287,7 @@ def main(argv: Sequence[str]) -> int:
         **layout_settings(config),
         mfu=mfu,
     )
-    rate, said = rate_of(device, bf16=True, mfu=mfu, assumed=bool(wanted.mfu))
+    rate, said = rate_of(device, bf16=plan.task.bf16, mfu=mfu, assumed=bool(wanted.mfu))
     print("\n".join(lines(plan, name=config.size, rate=rate, rate_said=said)), flush=True)
     if wanted.rehearse:
         print(rehearsed(plan))

@@ -6,7 +6,6 @@ end is still going on, where its process lives on this machine, or was killed. `
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import logging
@@ -79,13 +78,17 @@ def _add(folder: Path, line: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """All starts and ends of a run, oldest first; lines that are none, such as one cut by a kill, are left out."""
+    """All starts and ends of a run, oldest first; lines that are none, such as one cut by a kill, are left out.
+
+    Raises:
+        OSError: as `record.lines_of`.
+    """
     return read_counted(folder)[0]
 
 
 def read_counted(folder: Path) -> tuple[list[dict[str, Any]], int]:
     """Starts and ends as `read` gives them, and how many whole lines are neither."""
-    lines, odd = lines_of(folder / FILE, "event")
+    lines, odd = record.lines_of(folder / FILE, "event")
     events = [line for line in lines if _is_event(line)]
     return events, odd + len(lines) - len(events)
 
@@ -93,31 +96,7 @@ def read_counted(folder: Path) -> tuple[list[dict[str, Any]], int]:
 def _is_event(line: Mapping[str, Any]) -> bool:
     event = line["event"]
     shape = _SHAPE.get(event) if isinstance(event, str) else None
-    return shape is not None and all(isinstance(line.get(name), kind) for name, kind in shape.items())
-
-
-def lines_of(path: Path, key: str) -> tuple[list[dict[str, Any]], int]:
-    """The objects with `key` first among a file's lines, and how many whole lines hold none.
-
-    A line that a kill cut short has no end, so that the next one stands behind it in the same line; that one is found.
-    A last line without an end is left out and not counted.
-    """
-    if not path.is_file():
-        return [], 0
-    *whole, last = path.read_bytes().decode("utf-8", errors="replace").split("\n")
-    found = [_object(text, key) for text in whole if text.strip()]
-    made = [line for line in found if line is not None]
-    unended = _object(last, key)
-    return [*made, *([unended] if unended is not None else [])], len(found) - len(made)
-
-
-def _object(text: str, key: str) -> dict[str, Any] | None:
-    for begin in (0, text.rfind(f'{{"{key}"')):
-        with contextlib.suppress(ValueError, RecursionError):
-            made = json.loads(text[max(begin, 0) :])
-            if isinstance(made, dict) and key in made:
-                return made
-    return None
+    return shape is not None and all(type(line.get(name)) is kind for name, kind in shape.items())
 
 
 def state_of(events: Sequence[Mapping[str, Any]]) -> str:
@@ -136,6 +115,8 @@ def state_of(events: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _lives(pid: int) -> bool:
+    if pid <= 0:  # to `kill` a group of processes, or all of them
+        return False
     try:
         os.kill(pid, 0)
     except PermissionError:

@@ -58,15 +58,17 @@ class OptimConfig:
     ema_every: int = 10
 
     def __post_init__(self) -> None:
-        for name, low, high in (("lr", 0, 10), ("clip", 0, math.inf), ("eps", 0, 1)):
-            if not low < getattr(self, name) <= high:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be above {low} and at most {high}")
+        for name, high in (("lr", 10), ("eps", 1)):
+            if not 0 < getattr(self, name) <= high:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be above 0 and at most {high}")
+        if not 0 < self.clip < math.inf:
+            raise ValueError(f"optim.clip is {self.clip}; it must be above 0 and finite (1e9 never clips)")
         for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be in [0, 1)")
         for name, least in (("warmup_steps", 0), ("weight_decay", 0), ("ema_every", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be at least {least}")
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be at least {least} and finite")
         if not 0 <= self.lr_min_ratio <= 1:
             raise ValueError(f"optim.lr_min_ratio is {self.lr_min_ratio}; it is a share of optim.lr and must be 0 to 1")
 

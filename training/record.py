@@ -2,7 +2,8 @@
 
 Both get the same numbers under the same names and steps. W&B is online only when a key is set and its host answers,
 else offline (`wandb sync` sends the run later); a failing W&B never stops or holds training. A resumed run keeps its
-W&B id, and the local record is cut back to the step it resumes from, so every curve has one value per step.
+W&B id, and the local record is cut back to the step it resumes from, so every curve has one value per step. Records
+outlive kills and full disks: what can be read of one is kept.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import socket
 import urllib.parse
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,14 +38,17 @@ class MetricsFile:
         step: completed steps of the run; lines of later steps are cut off.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be read or written.
     """
 
     def __init__(self, path: Path, step: int = 0) -> None:
         self.path = path
-        kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
         temporary = path.with_name(f".{path.name}.tmp")
         try:
+            lines, damaged = metrics_of(path) if step else ([], 0)
+            if damaged:
+                log.warning("%s: damaged lines are left out (%d)", path, damaged)
+            kept = [line for line in lines if line["step"] <= step]
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             os.replace(temporary, path)
         except OSError as error:
@@ -87,24 +91,73 @@ def append_whole(path: Path, data: bytes) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
+    """The lines of a metrics.jsonl that can be read (see `lines_of`); none where there is no such file."""
+    return metrics_of(path)[0] if path.is_file() else []
+
+
+def metrics_of(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Lines with a whole number as their `step`, and how many others there are; else as `lines_of`."""
+    lines, damaged = lines_of(path, "step")
+    whole = [line for line in lines if type(line["step"]) is int]
+    return whole, damaged + len(lines) - len(whole)
+
+
+def lines_of(path: Path, key: str) -> tuple[list[dict[str, Any]], int]:
+    """The objects with `key` first among a file's lines, and how many whole lines hold none.
+
+    A line that a kill cut short has no end, so that the next one stands behind it in the same line; that one is found.
+    A last line without an end is left out and not counted. No file has no lines.
+
+    Raises:
+        OSError: the file cannot be read, or something else than a file stands there.
+    """
+    if not path.exists():
+        return [], 0
+    if not path.is_file() and not path.is_dir():  # a pipe would be waited for
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+    *whole, last = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    found = [_object(text, key) for text in whole if text.strip()]
+    made = [line for line in found if line is not None]
+    unended = _object(last, key)
+    return [*made, *([unended] if unended is not None else [])], len(found) - len(made)
+
+
+def _object(text: str, key: str) -> dict[str, Any] | None:
+    for begin in (0, text.rfind(f'{{"{key}"')):
+        with contextlib.suppress(ValueError, RecursionError):
+            made = json.loads(text[max(begin, 0) :])
+            if isinstance(made, dict) and key in made:
+                return made
+    return None
+
+
+def _wandb_host() -> urllib.parse.SplitResult | None:
+    """Where W&B's server is; None where WANDB_BASE_URL is no address."""
+    try:
+        host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+        (host.hostname or "").encode("idna")
+        return host if host.hostname and host.port != 0 and host.scheme in ("http", "https") else None
+    except ValueError:
+        return None
 
 
 def wandb_mode(timeout_seconds: float = 3.0) -> str:
-    """`WANDB_MODE` where it is set; else `online` when there is a key and the host answers, `offline` otherwise."""
-    given = os.environ.get("WANDB_MODE")
-    if given:
+    """`WANDB_MODE` where it is set; else `online` when there is a key and the host answers, `offline` otherwise.
+
+    Where WANDB_BASE_URL is no address nothing can be sent, and it is `offline` with a warning.
+    """
+    given, host = os.environ.get("WANDB_MODE"), _wandb_host()
+    if given == "disabled" or (given and host is not None):
         return given
-    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    if host is None:
+        log.warning(
+            "WANDB_BASE_URL=%r is no address such as https://wandb.example.com:8080; mend it; the record is kept "
+            "offline, and `wandb sync` sends it later",
+            os.environ["WANDB_BASE_URL"],
+        )
+        return "offline"
     has_key = bool(os.environ.get("WANDB_API_KEY"))
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
+    with contextlib.suppress(OSError, ValueError, netrc.NetrcParseError):
         has_key = has_key or netrc.netrc().authenticators(host.hostname or "") is not None
     if not has_key:
         return "offline"
@@ -139,33 +192,50 @@ def wandb_logger(
         log.warning("W&B is not installed; the record stands in %s alone", folder / "metrics.jsonl")
         return None
     mode = wandb_mode()
-    run = _start(folder, run_id, settings_tree, mode)
-    if run is None and mode == "online":
-        log.warning("the record is kept offline: `wandb sync %s` sends it later", folder / "wandb")
-        _forget_runs()
-        run = _start(folder, run_id, settings_tree, "offline")
+    with _without_a_bad_address():
+        run = _start(folder, run_id, settings_tree, mode)
+        if run is None and mode == "online":
+            log.warning("the record is kept offline: `wandb sync %s` sends it later", folder / "wandb")
+            _forget_runs()
+            run = _start(folder, run_id, settings_tree, "offline")
     if run is None:
         return None
     from pytorch_lightning.loggers import WandbLogger
 
-    if start:
-        run.config.update(dict(start), allow_val_change=True)
-    return WandbLogger(experiment=run, save_dir=str(folder))
+    try:
+        if start:
+            run.config.update(dict(start), allow_val_change=True)
+        return WandbLogger(experiment=run, save_dir=str(folder))
+    except Exception as error:
+        log.warning("W&B failed (%s); the record stands in %s", error, folder / "metrics.jsonl")
+        return None
 
 
 def _forget_runs() -> None:
     """Stop W&B's helper process, which would go on holding the id of a run that could not start."""
-    import wandb
+    with contextlib.suppress(Exception):
+        import wandb
 
-    wandb.teardown()
+        wandb.teardown()
+
+
+@contextlib.contextmanager
+def _without_a_bad_address() -> Iterator[None]:
+    """W&B reads WANDB_BASE_URL offline as well, and does not start where it is no address."""
+    bad = os.environ.pop("WANDB_BASE_URL", None) if _wandb_host() is None else None
+    try:
+        yield
+    finally:
+        if bad is not None:
+            os.environ["WANDB_BASE_URL"] = bad
 
 
 def _start(folder: Path, run_id: str, settings_tree: Mapping[str, Any], mode: str) -> Any:
     """A W&B run, or None with a warning."""
     os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
     try:
+        import wandb
+
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "musicgen"),
             name=folder.name,

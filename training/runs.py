@@ -11,17 +11,17 @@ Folders outlive crashes, full disks and hands: whatever cannot be read of one is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from musicgen import settings
 from musicgen.errors import UserError
 from training import folder as run_folder
-from training import lineage
+from training import lineage, record
 
 HEAD = ("run", "size", "state", "step", "best valid loss", "data", "from", "code", "starts", "last start")
 
@@ -68,30 +68,25 @@ class Run:
 
 def read(folder: Path) -> Run | None:
     """The run in a folder, with what is odd about it; None where there is none."""
-    odd: list[str] = []
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_bytes())
+        config, wrong = run_folder.config_in(folder)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        if "wandb" in folder.parts:  # W&B keeps a config.yaml of its own
+    if wrong and not _tells_enough(config):
+        foreign = "wandb" in folder.parts  # W&B keeps a config.yaml of its own
+        if foreign if config is None else not (folder / lineage.FILE).exists():
             return None
-        odd.append(f"config.yaml cannot be read: {_first_line(error)}")
         config = {}
-    if not odd and not _is_config(config):
-        if not (folder / lineage.FILE).exists():
-            return None
-        odd.append("config.yaml holds no settings of a training and no version of its data")
-        config = {}
-    lines = _told(odd, "metrics.jsonl", lambda: lineage.lines_of(folder / "metrics.jsonl", "step"))
-    metrics = [line for line in lines if isinstance(line["step"], int)]
-    losses = [loss for line in metrics if isinstance(loss := line.get("valid/loss"), (int, float)) and loss == loss]
+    odd = [f"config.yaml is damaged: {wrong}"] if wrong else []
+    metrics = _told(odd, "metrics.jsonl", lambda: record.metrics_of(folder / "metrics.jsonl"))
+    losses = [loss for line in metrics if (loss := _finite(line.get("valid/loss"))) is not None]
     events = _told(odd, lineage.FILE, lambda: lineage.read_counted(folder))
     steps = [line["step"] for line in [*metrics, *events]] + _states(folder, odd)
     return Run(folder, config, events, max(steps, default=0), min(losses, default=None), tuple(odd))
 
 
-def _is_config(config: Any) -> bool:
+def _tells_enough(config: Any) -> bool:
+    """Whether it is a run's and can be shown, though a training may miss something in it."""
     return (
         isinstance(config, dict)
         and isinstance(config.get("settings"), dict)
@@ -99,12 +94,22 @@ def _is_config(config: Any) -> bool:
     )
 
 
+def _finite(value: Any) -> float | None:
+    """A number as one that can be shown and compared; None for all else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number beyond all floats
+        return None
+
+
 def _told(odd: list[str], name: str, reading: Callable[[], tuple[list[dict[str, Any]], int]]) -> list[dict[str, Any]]:
     """The lines of a file; what cannot be read of it is added to `odd`."""
     try:
         lines, damaged = reading()
     except OSError as error:
-        odd.append(f"{name} cannot be read: {_first_line(error)}")
+        odd.append(f"{name} cannot be read: {error.strerror or _first_line(error)}")
         return []
     if damaged:
         odd.append(f"{name} has {damaged} damaged line{'s' if damaged > 1 else ''}")
@@ -132,8 +137,27 @@ def _first_line(error: BaseException) -> str:
 
 def find(folder: Path) -> list[Run]:
     """All runs below, by the time of their last start, newest first."""
-    runs = [run for path in sorted(folder.rglob("config.yaml")) if (run := read(path.parent)) is not None]
+    runs = [run for path in sorted(_folders(folder, ())) if (run := read(path)) is not None]
     return sorted(runs, key=lambda run: run.starts[-1]["at"] if run.starts else "", reverse=True)
+
+
+def _folders(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    """Folders with a config.yaml, links to folders among them; one that leads back to a folder `above` is not followed.
+
+    What cannot be listed has no runs to show.
+    """
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    try:
+        inside = list(os.scandir(folder))
+    except OSError:
+        return
+    if any(entry.name == "config.yaml" for entry in inside):
+        yield folder
+    for entry in inside:
+        if os.path.isdir(entry):
+            yield from _folders(folder / entry.name, (*above, here))
 
 
 def row(run: Run, below: Path) -> tuple[str, ...]:
@@ -249,7 +273,7 @@ def main(argv: Sequence[str]) -> int:
         print(describe(run))
         return 0
     folder = Path(config.folder)
-    runs = find(folder) if folder.is_dir() else []
+    runs = find(folder) if os.path.isdir(folder) else []
     if not runs:
         print(f"no runs in {folder}; `make train` makes one")
         return 0

@@ -156,8 +156,8 @@ class Sources:
         shard = part.index.column("shard")[own].as_py()
         todo = (
             f"Restore the data set from where it was made, or run the same `make ingest CATALOG=… OUT={part.root}` "
-            "again, which rewrites what is not whole. Where music was withdrawn, go on from what a run has learned with "
-            "the music that is left: INIT=<its run>/release and another RUN"
+            "again, which rewrites what is not whole. Where music was withdrawn, go on from what a run has learned "
+            "with the music that is left: INIT=<its run>/release and another RUN"
         )
         try:
             part.record(own)

@@ -14,10 +14,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import reprlib
 import shutil
+import sys
 import threading
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +59,20 @@ class Progress:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps of the whole states in `folder` (a run's `state/`), ascending."""
-    found = folder.glob("step-*") if folder.is_dir() else []
-    return sorted(int(p.name.removeprefix("step-")) for p in found if (p / "state.json").is_file())
+    """Steps of the whole states in `folder` (a run's `state/`), ascending.
+
+    Raises:
+        ValueError: a folder among them whose name is no step.
+    """
+    found = [p.name for p in folder.glob("step-*") if (p / "state.json").is_file()] if folder.is_dir() else []
+    if not all(map(is_step, found)):
+        raise ValueError(f"{folder} holds more than states: {', '.join(sorted(found))}")
+    return sorted(int(name.removeprefix("step-")) for name in found)
+
+
+def is_step(name: str) -> bool:
+    """Whether a state's folder can have this name: `step-20`, but not `step-020`, `step--5` or `step-20.bak`."""
+    return re.fullmatch(r"step-(0|[1-9][0-9]{0,17})", name) is not None
 
 
 def _named(model: nn.Module, ema: EMA) -> dict[str, Tensor]:
@@ -124,6 +139,8 @@ class Saver:
         moments, numbers = _optimizer_parts(optimizer, model)
         tensors = _named(model, ema) | moments
         document = {**asdict(progress), "optimizer": numbers}
+        if not _is_number(progress.best_loss):  # NaN, which no later validation would be below
+            document["best_loss"] = None
         place = self.folder / f".step-{progress.step}.tmp"
         self._written.clear()
         try:
@@ -161,7 +178,7 @@ class Saver:
         try:
             if error is None and self.rank == 0:
                 document["files"] = self._files_of(place)
-                _write_synced(place / "state.json", json.dumps(document, indent=1).encode())
+                write_synced(place / "state.json", json.dumps(document, indent=1).encode())
                 target = self.folder / f"step-{document['step']}"
                 shutil.rmtree(target, ignore_errors=True)
                 os.rename(place, target)
@@ -219,7 +236,8 @@ def _files(tensors: dict[str, Tensor]) -> dict[str, int]:
     return {name: order[number] for name, number in numbers.items()}
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and return once it is on the disk, for a rename that makes it visible."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -228,20 +246,96 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 def read_progress(folder: Path, step: int) -> Progress:
     """What `folder/step-N` knows beside its tensors. Raises `UserError` when it is damaged."""
-    return Progress(**{k: v for k, v in _document(folder / f"step-{step}").items() if k not in ("optimizer", "files")})
+    document = _document(folder / f"step-{step}")
+    return Progress(**{field.name: document[field.name] for field in fields(Progress)})
 
 
 def _document(place: Path) -> dict[str, Any]:
+    """state.json of a state, checked: whoever reads it need not look at it again."""
     try:
-        document = json.loads((place / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise _damaged(place, error) from error
-    if "optimizer" not in document:
+        document = json.loads((place / "state.json").read_bytes())
+        wrong = _wrong_in(document, place.name)
+    except OSError as error:
+        raise _damaged(place, f"cannot be read: state.json: {error.strerror or error}") from error
+    except ValueError as error:
+        raise _damaged(place, f"cannot be read: state.json: {error}") from error
+    except RecursionError as error:
+        raise _damaged(place, "cannot be read: state.json is nested too deeply to be one") from error
+    if isinstance(document, dict) and {"files"} <= _PARTS.keys() - document.keys() <= {"files", "optimizer"}:
         raise UserError(
             f"{place} was written by an earlier version of this program; finish the run with that version, or start "
             "another RUN from its weights: INIT=<run>/release"
         )
+    if wrong:
+        raise _damaged(place, f"is damaged: state.json does not hold what this program writes there ({wrong})")
     return document
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # NaN is not, nor what no float can be
+
+
+# What state.json holds: what each part must be, in words and as a check.
+_PARTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "step": ("a whole number", _is_count),
+    "audio_seconds_seen": ("a number from 0", lambda v: _is_number(v) and v >= 0),
+    "best_loss": ("a number or null", lambda v: v is None or _is_number(v)),
+    "best_step": ("a whole number or null", lambda v: v is None or _is_count(v)),
+    "ema_count": ("a number from 0", lambda v: _is_number(v) and v >= 0),
+    "ranks": ("a whole number from 1", lambda v: _is_count(v, 1)),
+    "accumulate": ("a whole number from 1", lambda v: _is_count(v, 1)),
+    "optimizer": ("a mapping with numbers, groups and moments", lambda v: isinstance(v, dict)),
+    "files": (
+        "a mapping of files to sizes",
+        lambda v: isinstance(v, dict) and bool(v) and all(map(_is_count, v.values())),
+    ),
+}
+
+
+def _wrong_in(document: Any, name: str) -> str:
+    """What is wrong with the contents of state.json in the folder of this name; empty where nothing is."""
+    if not isinstance(document, dict):
+        return "it is no mapping"
+    if lost := [part for part in _PARTS if part not in document]:
+        return f"it has no {lost[0]}"
+    if odd := [part for part in document if part not in _PARTS]:
+        return f"{reprlib.repr(odd[0])} is none of its parts"
+    for part, (words, fits) in _PARTS.items():
+        if not fits(document[part]):
+            return f"{part} is {reprlib.repr(document[part])}, not {words}"
+    if f"step-{document['step']}" != name:
+        return f"it is the state of step {document['step']} and its folder is named {name}"
+    return _wrong_in_optimizer(document["optimizer"], begun=document["step"] > 0)
+
+
+def _wrong_in_optimizer(stored: dict[str, Any], *, begun: bool) -> str:
+    numbers, groups, moments = (stored.get(part) for part in ("numbers", "groups", "moments"))
+    if not isinstance(numbers, dict) or not all(
+        isinstance(n, dict) and type(n.get("value")) in (int, float) and type(n.get("tensor")) is bool
+        for n in numbers.values()
+    ):
+        return "optimizer.numbers is not a mapping of numbers"
+    if not isinstance(moments, list) or not all(isinstance(name, str) for name in moments):
+        return "optimizer.moments is not a list of names"
+    kinds = (bool, int, float)
+    if not (
+        isinstance(groups, list)
+        and groups
+        and all(isinstance(group, dict) and all(type(v) in kinds for v in group.values()) for group in groups)
+    ):
+        return "optimizer.groups is not a list of settings"
+    if begun and not (numbers and moments):
+        return f"optimizer.{'moments' if numbers else 'numbers'} is empty"
+    of: dict[str, set[str]] = {}
+    for name in (*numbers, *moments):
+        owner, _, kind = name.rpartition("/")
+        of.setdefault(owner, set()).add(kind)
+    short = [owner for owner, kept in of.items() if kept != set().union(*of.values())]
+    return f"the optimiser's state of {short[0]!r} is not whole" if short else ""
 
 
 def load(folder: Path, step: int, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -255,10 +349,10 @@ def load(folder: Path, step: int, model: nn.Module, ema: EMA, optimizer: torch.o
     place = folder / f"step-{step}"
     document = _document(place)
     several = dist.is_initialized() and dist.get_world_size() > 1
-    for name, size in document.get("files", {}).items():  # the reader fills what it finds and leaves the rest as it was
+    for name, size in document["files"].items():  # the reader fills what it finds and leaves the rest as it was
         there = (place / name).stat().st_size if (place / name).is_file() else None
         if there != size:
-            raise _damaged(place, OSError(f"{name} has {there} bytes, {size} were written"))
+            raise _damaged(place, f"cannot be read: {name} has {there} bytes, {size} were written")
     try:
         targets = _named(model, ema)
         moments = _moment_targets(model, document["optimizer"]) if optimizer is not None else {}
@@ -270,13 +364,12 @@ def load(folder: Path, step: int, model: nn.Module, ema: EMA, optimizer: torch.o
         if optimizer is not None:
             _restore(optimizer, model, moments, document["optimizer"])
     except (Exception, dcp.api.CheckpointException) as error:
-        raise _damaged(place, error) from error
+        raise _damaged(place, f"cannot be read: {_reason(error)}") from error
 
 
-def _damaged(place: Path, error: BaseException) -> UserError:
+def _damaged(place: Path, what: str) -> UserError:
     return UserError(
-        f"{place} cannot be read: {_reason(error)}. Delete this folder to go on from an earlier state, "
-        "or give another RUN to start anew"
+        f"{place} {what}. Delete this folder to go on from an earlier state, or give another RUN to start anew"
     )
 
 
@@ -305,7 +398,7 @@ def _restore(optimizer: torch.optim.Optimizer, model: nn.Module, moments: dict[s
         if entry["tensor"]:
             value = value.to(parameters[parameter].device)
         optimizer.state[parameters[parameter]][key] = value
-    for group, numbers in zip(optimizer.param_groups, stored["groups"]):
+    for group, numbers in zip(optimizer.param_groups, stored["groups"], strict=True):
         group.update(numbers)
 
 

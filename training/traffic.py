@@ -3,8 +3,9 @@
 Most traffic hides behind computing; what doesn't is what more GPUs fail to buy. Both figures are of one step:
 `communication` is the part that shows, `communication_total` all of it.
 
-- Copies of the model (DDP): torch's own reducer keeps the account, on its sampled steps (the first ten, then every
-  hundredth); it talks in the backward pass alone.
+- Copies of the model (DDP): torch's own reducer keeps the account; it talks in the backward pass alone. It measures the
+  first ten steps, then every hundredth, so the figures are those of the last step that it measured. Its means over all
+  of them are not taken: NCCL's start and compilation would weigh in them for hundreds of steps.
 - Sharded layers (FSDP2, hybrid) keep none, so `Traffic` does on the steps whose figures are recorded. FSDP takes
   collectives of ours, which call torch's and mark when they begin and end. Hooks around each block mark the stretches
   in which the queue of computing has nothing to do until weights have arrived: before a block in the forward pass,
@@ -67,12 +68,13 @@ def shared(some: Sequence[Interval], others: Sequence[Interval]) -> float:
 
 
 def of_copies(model: Any) -> dict[str, float]:
-    """Seconds of a step in which copies of a model (DDP) talk, as their reducer counts; nothing for any other model."""
+    """Seconds in which copies of a model (DDP) talk, in the last step that their reducer measured; nothing for any
+    other model."""
     account: dict[str, Any] = getattr(model, "_get_ddp_logging_data", dict)()
-    if "avg_backward_comm_time" not in account:  # one process, or before the first sampled step
+    if "backward_comm_time" not in account:  # one process, or before the first measured step
         return {}
-    total = account["avg_backward_comm_time"]
-    exposed = max(0, total - account["avg_backward_compute_comm_overlap_time"])
+    total = account["backward_comm_time"]
+    exposed = max(0, total - account["backward_compute_comm_overlap_time"])
     return {"communication": exposed * NANOSECONDS, "communication_total": total * NANOSECONDS}
 
 

@@ -166,9 +166,7 @@ def _watch(run: Start, journal: Record | None, loader: Any) -> _Watched:
     )
     background = _in_background(config, plan)
     folder = run.folder / "state"
-    states = callbacks.States(
-        folder, log, run.stop, clock, loader, background=background, elsewhere=run.launched.asked
-    )
+    states = callbacks.States(folder, log, run.stop, clock, loader, background=background, elsewhere=run.launched.asked)
     profile = watch.Profile(run.folder / "profile", log.profile_at, log.profile_steps)
     bar = callbacks.Bar(recorder, validation, config.steps, config.steps)
     return _Watched(profile, recorder, validation, clips, states, bar, clock)

@@ -9,6 +9,10 @@ On a GPU the marks are events in its queue, read when a line is logged: nothing 
 
 from __future__ import annotations
 
+import errno
+import gzip
+import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from musicgen import files
+from musicgen.errors import UserError
+from training import folder as folder_of
 from training.traffic import mark, passed
 
 
@@ -104,6 +111,8 @@ class Stopwatch(pl.Callback):
 class Profile(pl.Callback):
     """A trace of some steps, for Perfetto, and a table of what took longest, in the run's `profile/`.
 
+    Where the disk does not take them the training goes on without.
+
     Args:
         folder: where they go.
         first: first step in the trace, counted from 1; 0 makes none.
@@ -130,12 +139,37 @@ class Profile(pl.Callback):
             self._write(trainer.global_rank)
 
     def _write(self, rank: int) -> None:
-        self.profiler.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        stem = self.folder / f"step-{self.first:07d}-rank-{rank}"
-        self.profiler.export_chrome_trace(f"{stem}.json.gz")
-        by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        stem.with_suffix(".txt").write_text(self.profiler.key_averages().table(sort_by=by, row_limit=40) + "\n")
+        profiler, stem = self.profiler, self.folder / f"step-{self.first:07d}-rank-{rank}"
+        self.profiler, self.first = None, 0
+        profiler.stop()
+        try:
+            write_profile(profiler, stem)
+        except (OSError, UserError) as error:
+            why = folder_of.refused_by_disk(error)
+            print(f"warning   the profile could not be written to {self.folder}: {why}; training goes on", flush=True)
+            return
         if rank == 0:
             print(f"profile   {stem}.json.gz, for ui.perfetto.dev; what took longest: {stem}.txt", flush=True)
-        self.profiler, self.first = None, 0
+
+
+def write_profile(profiler: Any, stem: Path) -> None:
+    """Write a stopped profiler's trace to `stem`.json.gz and its table to `stem`.txt: both whole, or none.
+
+    Raises:
+        OSError, UserError: the disk does not take them.
+    """
+    trace = stem.with_suffix(".json.gz")
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = Path(scratch) / "trace.json"
+        profiler.export_chrome_trace(str(plain))
+        if not plain.is_file():  # the profiler writes whole or not at all, and raises nothing
+            raise OSError(errno.ENOSPC, f"no room in {tempfile.gettempdir()}, where a trace is made")
+        with plain.open("rb") as whole, files.writing(str(trace)) as file, gzip.open(file, "wb") as packed:
+            shutil.copyfileobj(whole, packed)
+    by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=by, row_limit=40)
+    try:
+        files.write_bytes(stem.with_suffix(".txt"), f"{table}\n".encode())
+    except UserError:
+        trace.unlink(missing_ok=True)
+        raise

@@ -137,6 +137,32 @@ def test_the_folder_is_small_and_the_same_adapter_gives_the_same_bytes(place: Pa
     assert size < 4 * adapters.num_parameters(TEXT, 4) + 10_000
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[]", "describes no adapter .it holds a list"),
+        ("null", "describes no adapter .it holds a NoneType"),
+        ("[" * 100_000, "the adapter cannot be read"),
+        ('{"peft_type": "LORA", "r": "x"}', "describes no adapter"),
+        ('{"peft_type": "LORA", "r": 4, "target_modules": "("}', "describes no adapter"),
+    ],
+)
+def test_a_description_of_something_else_is_refused(place: Path, tmp_path: Path, text: str, told: str) -> None:
+    shutil.copytree(place / "mine", tmp_path / "mine")
+    (tmp_path / "mine" / adapters.PEFT_CONFIG).write_text(text)
+    with pytest.raises(UserError, match=told):
+        weights.load_release(tmp_path / "mine")
+
+
+def test_a_base_that_does_not_name_its_weights_is_refused(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "base" / "release", tmp_path / "base")
+    document = json.loads((tmp_path / "base" / "config.json").read_text())
+    del document["weights"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="does not name the sha256 of its weights"):
+        adapters.base_of(tmp_path / "base")
+
+
 def test_generate_takes_an_adapter_and_merge_makes_the_same_model(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

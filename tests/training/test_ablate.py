@@ -50,6 +50,28 @@ def test_two_patterns_are_compared_and_the_command_goes_on(tmp_path: Path, capsy
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")} == before
 
 
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--out", ""], "out is empty; give a folder"),
+        (["--stop_at", "1"], "--stop_at 1 cannot be given .* give fewer as STEPS"),
+        (["--lm.pattern=delay"], "--lm.pattern delay cannot be given .* as --patterns"),
+        (["--run", "elsewhere"], "--run elsewhere cannot be given .* as OUT"),
+        (["--patterns", "delay"], r"""patterns is 'delay'; it must be a list: --patterns '\["delay"\]'"""),
+    ],
+)
+def test_what_the_comparison_sets_itself_is_refused(
+    argv: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=told):
+        ablate.main([*SMALL, "--data", str(tmp_path / "none"), "--out", "out", *argv])
+    (tmp_path / "mine.yaml").write_text("lm:\n  pattern: delay\n")
+    with pytest.raises(ValueError, match=r"--lm.pattern delay cannot be given"):
+        ablate.main(["--config", "mine.yaml", "--data", str(tmp_path / "none"), "--out", "out"])
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.yaml"]
+
+
 def test_equal_compute_is_equal() -> None:
     assert ablate.equal_steps(300, flop=4.0, reference=1.0) == 75
     assert ablate.equal_steps(300, flop=1.5, reference=1.5) == 300

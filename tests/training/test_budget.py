@@ -1,7 +1,10 @@
 """The plan: counts against the model itself, known figures, choices, and what is refused."""
 
 import dataclasses
+import os
 import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +14,9 @@ from musicgen import transformer
 from musicgen.config import LMConfig, size
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
-from training import budget, devices, forecast
+from training import budget, devices, forecast, start
 from training.budget import Task, choose
+from training.config import read_config
 from training.devices import DEVICES
 
 FRAMES = 1500
@@ -99,6 +103,7 @@ def test_memory_of_the_state() -> None:
         ("3.3b", "h200", 8, 1, "ddp"),
         ("3.3b", "h100-80", 8, 1, "fsdp"),
         ("3.3b", "h100-80", 64, 8, "hybrid"),
+        ("3.3b", "h100-80", 192, 24, "hybrid"),
         ("3.3b", "a100-40", 16, 2, "fsdp"),
     ],
 )
@@ -163,14 +168,72 @@ def test_recomputing_counts_in_time_not_in_flop() -> None:
 
 
 def test_groups_share_the_network_of_their_node() -> None:
-    # With one pass a step, what leaves a node is the gradient of one copy, whoever holds it.
-    slow = dataclasses.replace(DEVICES["rtx4090"], link=1e18)
-    for ranks in (8, 16):
+    # What leaves a node is the gradient of one copy, whoever holds it: once a step of DDP, of mirrors with every pass.
+    slow = dataclasses.replace(DEVICES["rtx4090"], link=1e18, memory=1e15)
+    for ranks, passes in ((8, 1), (16, 1), (8, 3)):
         ddp, hybrid = (
-            choose(task("300m"), slow, ranks, nodes=ranks // 4, strategy=name).communication_seconds()
+            choose(
+                task("300m"), slow, ranks, nodes=ranks // 4, strategy=name, accumulate=passes
+            ).communication_seconds()
             for name in ("ddp", "hybrid")  # type: ignore[arg-type]
         )
-        assert hybrid == pytest.approx(ddp)
+        assert hybrid == pytest.approx(passes * ddp)
+
+
+def test_what_a_ring_takes() -> None:
+    n, h100 = size("3.3b").num_parameters(), DEVICES["h100-80"]
+
+    def seconds(ranks: int, strategy: Any) -> tuple[float, float]:
+        nodes = max(ranks // 8, 1)
+        return choose(task(batch=ranks), h100, ranks, nodes=nodes, strategy=strategy).traffic_seconds()
+
+    # Two gatherings in bf16 and a sum in float32 at the bus bandwidth: 74 ms, less the eighth that a rank has.
+    assert seconds(8, "fsdp") == (pytest.approx(7 / 8 * 8 * n / 350e9, rel=0.03), 0)
+    # Over more ranks the bytes stay, and the hops grow: three rings of each of 48 blocks.
+    over = {ranks: seconds(ranks, "fsdp")[1] for ranks in (64, 192, 4096)}
+    assert over[64] == pytest.approx(63 / 64 * 8 * n / 350e9 + 144 * (56 * budget.HOP + 7 * budget.FAR_HOP))
+    assert over[64] < 1.3 * 8 * n / 350e9 < over[192] < 0.2 and over[4096] > 1
+    # In groups of a node, weights and gradients take different ways at the same time, and neither grows much.
+    for ranks in over:
+        inside, between = seconds(ranks, "hybrid")
+        assert inside == pytest.approx(seconds(8, "fsdp")[0])
+        assert between == pytest.approx((1 - 8 / ranks) * 8 * n / 350e9)
+    plan = choose(task(), h100, 192, nodes=24)
+    assert plan.communication_seconds() == max(plan.traffic_seconds())
+    # Groups that reach over nodes: both kinds take the network.
+    wide = choose(task(), h100, 64, nodes=8, strategy="hybrid", shard_group=16).traffic_seconds()
+    assert wide[0] == 0 and wide[1] > seconds(16, "fsdp")[1] + 0.7 * 4 * n / 350e9
+
+
+def test_why_it_shards_is_told_with_figures() -> None:
+    h100 = DEVICES["h100-80"]
+    hybrid = choose(task(), h100, 64, nodes=8)
+    over_all = choose(task(), h100, 64, nodes=8, strategy="fsdp")
+    figures = (
+        f"({hybrid.communication_seconds():.3g} s of traffic; over all ranks {over_all.communication_seconds():.3g} s)"
+    )
+    assert hybrid.why == f"weights travel inside groups of 8, between them only gradients {figures}"
+    assert hybrid.communication_seconds() < over_all.communication_seconds()
+    # Copies fit with recomputing, which takes longer; where they do not fit at all, that is said.
+    assert choose(task(), h100, 8).why == (
+        "a whole copy fits one GPU only with selective recomputing, which makes it 1.38 s per step instead of 1.31 s"
+    )
+    assert choose(task(), h100, 8, strategy="ddp").checkpointing == "selective"
+    assert choose(task(), DEVICES["a100-40"], 8).why.endswith("do not fit one GPU")
+
+
+def test_no_link_shortens_the_hops(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--size", "3.3b", "--gpus", "4096", "--gpu", "h100-80", "--batch.size", "4096"]
+    forecast.main([*argv, "--hardware.strategy", "fsdp"])
+    asked = capsys.readouterr().out
+    assert "times as fast" not in asked and re.search(r"help: [\d.]+ s without --hardware.strategy fsdp", asked)
+    plan = choose(task(batch=96), DEVICES["h100-80"], 96, nodes=12, strategy="fsdp")
+    rate = 0.5 * 989e12
+    faster = plan.links_needed(rate)
+    assert faster is not None and faster > 1
+    device = dataclasses.replace(plan.device, link=faster * plan.device.link, network=faster * plan.device.network)
+    better = dataclasses.replace(plan, device=device)
+    assert better.communication_seconds() == pytest.approx(better.compute_seconds(rate))
 
 
 def test_adaptive_optimisers_are_not_sharded() -> None:
@@ -219,6 +282,65 @@ def test_the_share_of_the_peak_is_a_measured_one_unless_given(capsys: pytest.Cap
     assert seconds[1] == pytest.approx(2 * seconds[0], rel=0.02)
 
 
+def test_float32_is_reckoned_with_its_own_peak(capsys: pytest.CaptureFixture[str]) -> None:
+    assert all(d.peak_float32 and d.peak and d.peak_float32 <= d.peak for d in DEVICES.values())
+    argv = ["--size", "1.5b", "--gpus", "8", "--gpu", "h100-80"]
+    seconds = {}
+    for precision, peak, said in (
+        ("bf16", 989, "as measured on one H200; of 989 TFLOP/s dense bf16"),
+        ("float32", 67, "that of bf16, not measured in float32; of 67 TFLOP/s dense float32"),
+    ):
+        more = ["--hardware.precision", precision]
+        forecast.main([*argv, *more])
+        out = capsys.readouterr().out
+        assert f"an MFU of 47% ({said})" in out
+        seconds[precision] = float(re.findall(r"computing ([\d.]+) s", out)[0])
+        config = read_config([*argv[:2], *more], folders=False)
+        device = DEVICES["h100-80"]
+        plan = choose(task("1.5b", bf16=precision == "bf16"), device, 8)
+        assert next(line for line in start.plan_lines(config, plan) if line.startswith("time")) in out  # as a run does
+        assert devices.peak_of(device, 8, bf16=precision == "bf16") == 8 * peak * 1e12
+    assert seconds["float32"] == pytest.approx(989 / 67 * seconds["bf16"], rel=0.01)
+    # So long a computing hides the traffic over all ranks, and the choice knows.
+    assert choose(task(bf16=False), DEVICES["h100-80"], 64, nodes=8).strategy == "fsdp"
+
+
+def test_without_a_peak_there_is_no_time() -> None:
+    unknown = devices.Device("some GPU", 1e12, None)
+    plan = choose(task("300m"), unknown, 1)
+    rate, said = devices.rate_of(unknown, bf16=True, mfu=0.4)
+    assert devices.peak_of(unknown, 1, bf16=True) is None
+    assert forecast.lines(plan, name="300m", rate=rate, rate_said=said)[-1] == (
+        "time      not known: no peak of some GPU in bf16 is known"
+    )
+
+
+def test_groups_that_no_strategy_has_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--size", "300m", "--gpu", "h100-80", "--hardware.shard_group", "4"]
+    for gpus, more, said in (
+        ("16", [], "4 is not used: only hybrid has groups, this is ddp; --hardware.strategy hybrid takes them"),
+        ("16", ["--hardware.strategy", "fsdp"], "is not used: only hybrid has groups, this is fsdp; --hardware.str"),
+        ("1", [], "4 is not used: only hybrid has groups, this is single\n"),
+        ("16", ["--hardware.strategy", "hybrid"], ""),
+    ):
+        forecast.main([*argv, "--gpus", gpus, *more])
+        out = capsys.readouterr().out
+        assert said in out and ("hardware.shard_group" in out) == bool(said)
+
+
+@pytest.mark.parametrize("gpus", ["0", "-1", "two"])
+def test_make_train_names_gpus(gpus: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["make", "--no-print-directory", "-o", "setup", "train", f"GPUS={gpus}", f"BIN={tmp_path}"],
+        cwd=Path(__file__).parents[2],
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: GPUS={gpus}: give a whole number of at least 1, the GPUs (or processes) of")
+
+
 def test_make_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert forecast.main(["--size", "3.3b", "--gpus", "64", "--gpu", "h100-80"]) == 0
     out = capsys.readouterr().out
@@ -243,6 +365,14 @@ def test_make_plan(capsys: pytest.CaptureFixture[str]) -> None:
             r"batch.size 192 must be a multiple of 7 processes; for instance 189 or 196",
         ),
         (["--gpus", "12"], "not a multiple of the 8 of a node"),
+        (
+            ["--gpus", "8", "--hardware.nodes", "2"],
+            r"hardware.nodes is 2, and this plan is for 8 GPUs on each .* GPUS=…",
+        ),
+        (
+            ["--gpus", "8", "--hardware.devices=1"],
+            r"hardware.devices is 1, and this plan .* leave hardware.devices and",
+        ),
         (["--size", "30b"], "unknown SIZE '30b'; allowed: demo, 300m"),
         (["--gpus", "8", "--hardware.strategy", "hybrid"], "allowed: 2, 4"),
         *(

@@ -142,11 +142,45 @@ def test_a_fine_tuning_goes_on_without_the_model_it_began_from(place: Path, tmp_
     )
     for run, more, words in (
         ("adapter", ["--lora.rank", "4"], "the model that this run trains an adapter of, is needed and cannot be"),
-        ("new", [], "the model that this run began from, is needed and cannot be read"),
+        ("new", [], r"INIT='.*base', the model to begin from, cannot be read: .*does not exist"),
+        ("new", ["--lora.rank", "4"], "the model to train an adapter of, cannot be read"),
     ):
         with pytest.raises(UserError, match=words):
             go(place, run, *init, *more)
     assert not (place / "new").exists()
+
+
+def test_a_fine_tuning_follows_the_model_it_began_from(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "base" / "release", tmp_path / "base")
+    more = ["--steps", "4", "--log.valid_every", "2"]
+    kinds = (("follows", []), ("adapter follows", ["--lora.rank", "4"]))
+    for run, kind in kinds:
+        go(place, run, "--init", str(tmp_path / "base"), *more, *kind, "--stop_at", "1")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    for run, kind in kinds:
+        go(place, run, "--init", str(tmp_path / "moved"), *more, *kind, "--stop_at", "2")
+        info = weights.read_info(place / run / "release")
+        named = info["base"] if kind else info["began_from"]
+        base = weights.read_info(place / "base" / "release")
+        assert named == {
+            "name": str(tmp_path / "moved"),
+            "identity": base["weights"]["sha256"],
+            "licence": "not stated",
+        }
+        assert info["inherited"] == [{"model": str(tmp_path / "base"), "licence": "not stated"}]
+    lm, about = weights.load_release(tmp_path / "moved")
+    with torch.no_grad():
+        lm.out_norm.weight.add_(1.0)
+    weights.save_release(tmp_path / "other", lm, about)
+    for run, kind in kinds:
+        with pytest.raises(UserError, match=r"but INIT is now another one"):
+            go(place, run, "--init", str(tmp_path / "other"), *more, *kind)
+    # Before its first step a run reads the model: the same name is not enough.
+    shutil.rmtree(place / "follows" / "state")
+    shutil.rmtree(tmp_path / "moved")
+    shutil.copytree(tmp_path / "other", tmp_path / "base")
+    with pytest.raises(UserError, match=r"began from the model .* but INIT is now another one"):
+        go(place, "follows", "--init", str(tmp_path / "base"), *more)
 
 
 def test_what_an_adapter_cannot_do_is_refused(place: Path) -> None:

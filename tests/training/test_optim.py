@@ -1,5 +1,6 @@
 """Learning rate, averaged weights and saved states."""
 
+import math
 import resource
 import sys
 from dataclasses import replace
@@ -26,10 +27,21 @@ def test_learning_rate() -> None:
     assert learning_rate(0, 5, replace(config, warmup_steps=0)) == pytest.approx(1e-3)
 
 
-@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"lr": -1.0}, {"beta2": 1.0}, {"ema_every": 0}, {"clip": 0.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"lr": 0.0}, {"lr": -1.0}, {"beta2": 1.0}, {"ema_every": 0}, {"clip": 0.0},
+        *({name: value} for name in ("lr", "weight_decay", "clip", "eps") for value in (math.nan, math.inf)),
+    ],
+)  # fmt: skip
 def test_nonsense_is_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match=f"optim.{next(iter(bad))}"):
         OptimConfig(**bad)
+
+
+def test_adamw_updates_all_tensors_in_one_kernel() -> None:
+    _, optimizer, _ = fresh()
+    assert type(optimizer) is torch.optim.AdamW and [group["fused"] for group in optimizer.param_groups] == [True]
 
 
 def test_average_is_bias_corrected() -> None:

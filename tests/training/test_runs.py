@@ -1,6 +1,8 @@
 """`make runs` over folders that are not what a training leaves: damaged, cut, copied by hand, oddly named."""
 
 import json
+import os
+import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ START = {"event": "start", "at": "2026-01-02T03:04:05+00:00", "step": 0, "steps"
 END = {"event": "end", "at": "2026-01-02T04:04:05+00:00", "step": 4, "how": "paused"}
 STATE = {
     "step": 4, "audio_seconds_seen": 1.0, "best_loss": 2.5, "best_step": 4, "ema_count": 1.0, "ranks": 1,
-    "accumulate": 1, "optimizer": {}, "files": {},
+    "accumulate": 1, "files": {"a.safetensors": 9},
+    "optimizer": {"numbers": {"w/n": {"value": 4, "tensor": False}}, "groups": [{"eps": 1.0}], "moments": ["w/n"]},
 }  # fmt: skip
 
 
@@ -71,8 +74,20 @@ def damage(run: Path, kind: str) -> None:
         case "config is a folder":
             config.unlink()
             config.mkdir()
+        case "config is a pipe":
+            config.unlink()
+            os.mkfifo(config)
+        case "config without a codec":
+            config.write_text(config.read_text().replace("codec:", "codek:"))
+        case "metrics are a folder":
+            metrics.unlink()
+            metrics.mkdir()
+        case "starts are a pipe":
+            starts.unlink()
+            os.mkfifo(starts)
         case "odd metrics":
-            metrics.write_bytes(metrics.read_bytes() + b'[1]\n3\n\xff\x00\n{"valid/loss": 1}\n{"step": 5, "valid/loss')
+            odd = b'[1]\n3\n\xff\x00\n{"valid/loss": 1}\n{"step": true}\n{"step": 5, "valid/loss'
+            metrics.write_bytes(metrics.read_bytes() + odd)
         case "odd starts":
             lines = [[], {"event": "start"}, {"event": 3}, {"event": []}, {**END, "step": "x"}, {**START, "pid": None}]
             starts.write_text(starts.read_text() + "".join(json.dumps(line) + "\n" for line in lines))
@@ -87,14 +102,18 @@ def damage(run: Path, kind: str) -> None:
 
 
 KINDS = {
-    "binary config": "config.yaml cannot be read",
-    "config is not YAML": "config.yaml cannot be read",
-    "config is a bad date": "config.yaml cannot be read",
-    "nested config": "config.yaml cannot be read",
-    "empty config": "config.yaml holds no settings of a training",
-    "config without settings": "config.yaml holds no settings of a training",
-    "config is a folder": "config.yaml cannot be read",
-    "odd metrics": "metrics.jsonl has 4 damaged lines",
+    "binary config": "config.yaml is damaged: it cannot be read",
+    "config is not YAML": "config.yaml is damaged: it cannot be read",
+    "config is a bad date": "config.yaml is damaged: it cannot be read",
+    "nested config": "config.yaml is damaged: it cannot be read: it is nested too deeply",
+    "empty config": "config.yaml is damaged: it is empty",
+    "config without settings": "config.yaml is damaged: settings is of type int instead of a mapping",
+    "config is a folder": "config.yaml is damaged: it cannot be read: it is a folder",
+    "config is a pipe": "config.yaml is damaged: it cannot be read: it is no file",
+    "config without a codec": "config.yaml is damaged: it has no codec",
+    "metrics are a folder": "metrics.jsonl cannot be read: Is a directory",
+    "starts are a pipe": "starts.jsonl cannot be read: it is not a file",
+    "odd metrics": "metrics.jsonl has 5 damaged lines",
     "odd starts": "starts.jsonl has 6 damaged lines",
     "no state.json": "step-4 cannot be read",
     "state.json of something else": "state.json does not hold what this program writes",
@@ -112,12 +131,13 @@ def test_an_odd_folder_is_shown_as_odd_beside_the_others(
     table = listed(tmp_path, capsys, monkeypatch).splitlines()
     good = next(line for line in table if " good " in line)
     assert "paused" in good and "4 of 9" in good and "2.500" in good
-    assert any(" bad " in line and ("odd" in line) == ("config" in kind) for line in table if "│" in line)
+    lost = "config" in kind and kind != "config without a codec"
+    assert any(" bad " in line and ("odd" in line) == lost for line in table if "│" in line)
     assert sum("odd: bad: " in line for line in table) == 1
     assert KINDS[kind] in next(line for line in table if "odd: bad: " in line)
     assert runs.main(["--run", str(tmp_path / "bad")]) == 0
     told = capsys.readouterr().out
-    assert "odd       " in told and "start     2026-01-02" in told
+    assert "odd       " in told and ("start     2026-01-02" in told) == (kind != "starts are a pipe")
 
 
 def test_a_start_behind_a_cut_line_is_not_swallowed(tmp_path: Path) -> None:
@@ -129,10 +149,34 @@ def test_a_start_behind_a_cut_line_is_not_swallowed(tmp_path: Path) -> None:
     assert [e["error"] for e in lineage.read(run)] == ["a\u2028b"]
 
 
-def test_a_process_number_that_none_can_have_is_gone(tmp_path: Path) -> None:
-    import platform
+@pytest.mark.parametrize("pid", [2**70, 0, -1])
+def test_a_process_number_that_none_can_have_is_gone(pid: int) -> None:
+    assert lineage.state_of([START | {"host": platform.node(), "pid": pid}]) == "killed"
 
-    assert lineage.state_of([START | {"host": platform.node(), "pid": 2**70}]) == "killed"
+
+def test_a_loss_beyond_all_numbers_is_not_the_best(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    (run / "metrics.jsonl").write_text(
+        f'{{"step": 1, "valid/loss": 1{"0" * 400}}}\n{{"step": 2, "valid/loss": -Infinity}}\n'
+        '{"step": 3, "valid/loss": true}\n{"step": 4, "valid/loss": 2.5}\n'
+    )
+    found = runs.read(run)
+    assert found is not None and found.best == 2.5 and not found.odd
+
+
+def test_a_run_behind_a_link_is_listed_and_links_have_an_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(tmp_path / "elsewhere" / "run")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "linked").symlink_to(run)
+    (run / "back").symlink_to(tmp_path / "runs")
+    assert [found.folder for found in runs.find(tmp_path / "runs")] == [tmp_path / "runs" / "linked"]
+    assert " linked " in listed(tmp_path / "runs", capsys, monkeypatch)
+    assert runs.main(["--folder", "x" * 5000]) == 0
+    assert "no runs in xxx" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds no training run"):
+        runs.main(["--run", "x" * 5000])
 
 
 def test_names_are_shown_as_they_are(
@@ -164,7 +208,7 @@ def test_a_training_says_what_is_odd_about_its_states(tmp_path: Path) -> None:
     run = make(tmp_path / "run")
     assert run_folder.last_progress(run) is not None
     damage(run, "state.json of something else")
-    with pytest.raises(UserError, match=r"step-4: state.json does not hold .* Delete this folder to go on"):
+    with pytest.raises(UserError, match=r"step-4 is damaged: state.json does not hold .* Delete this folder to go on"):
         run_folder.last_progress(run)
     damage(run, "state copied by hand")
     with pytest.raises(UserError, match=r"state/ holds step-20.bak, .*move what else there is out of state/"):

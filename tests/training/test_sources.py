@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,30 @@ def test_a_store_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(UserError, match=r"^DATA: s3://m/a could not be read after 1 tries: "):
         sources.open_data("s3://m/a?scheme=http&endpoint_override=127.0.0.1:9", str(tmp_path))
+
+
+@pytest.mark.parametrize("failures", [4, 5])
+def test_a_store_that_fails_for_a_while_is_asked_again(
+    failures: int, two: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, waited = sources._copy, []
+    left = [failures]
+
+    def flaky(*place: Any) -> str:
+        if left[0]:
+            left[0] -= 1
+            raise OSError("connection reset")
+        return copy(*place)
+
+    monkeypatch.setattr(sources, "_copy", flaky)
+    monkeypatch.setattr(sources, "time", SimpleNamespace(sleep=waited.append))
+    if failures < 5:
+        folder = sources.fetch(Place.at(str(two[0])), tmp_path)
+        assert len(sources.open_data(str(folder))) == 40
+    else:
+        with pytest.raises(UserError, match=r"-00000.tar could not be read after 5 tries: connection reset"):
+            sources.fetch(Place.at(str(two[0])), tmp_path)
+    assert waited == [0.5, 1, 2, 4]  # seconds, longer each time
 
 
 def test_codecs_do_not_mix(two: tuple[Path, Path], tmp_path: Path) -> None:

@@ -2,19 +2,24 @@
 
 import json
 import os
+import resource
 import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from musicgen import codec as codecs
 from musicgen import wav
 from musicgen.errors import UserError
+from tests.training import wandb_file
 from tests.training.synthetic import small_codec, write_dataset
-from tests.training.test_train import SMALL
-from training import budget, lineage, record, runs, train, watch
+from tests.training.test_train import SMALL, fill_disk
+from training import budget, callbacks, lineage, record, runs, state, train, watch
+from training import data as reading
 from training.config import read_config
 
 
@@ -58,6 +63,39 @@ def test_phases_lie_end_to_end_and_make_the_step(run: Path, data: Path) -> None:
     assert not any("communication" in name for name in row)  # one process talks to nobody
 
 
+def test_waiting_for_data_shows(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = reading.Stream.batch
+
+    def slowly(*which: Any) -> reading.Batch:
+        time.sleep(0.2)
+        return batch(*which)
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(reading.Stream, "batch", slowly)
+    more = ["--batch.workers", "0", "--batch.accumulate", "2", "--steps", "7", "--log.every", "1"]
+    assert train.main(words(data, tmp_path / "run", *more)) == 0
+    rows = [row for row in record.read_metrics(tmp_path / "run" / "metrics.jsonl") if "seconds/data" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
+    for row in rows[1:4]:  # two batches a step, each waited for; towards the end they have been fetched ahead
+        assert 0.4 <= row["seconds/data"] < row["seconds/step"] and row["train/outside_model_share"] > 0.3
+
+
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def test_the_memory_of_a_line_is_the_most_so_far(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    before = peak_gib()
+    assert train.main(words(data, tmp_path / "run", "--steps", "2", "--log.every", "1")) == 0
+    rows = [row for row in record.read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in row]
+    memory = [row["train/memory_gib"] for row in rows]
+    assert len(memory) == 2 and 0.1 < before <= memory[0] <= memory[1] <= peak_gib()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    assert callbacks.memory_gib() == 3  # of a GPU, where there is one
+
+
 def test_mfu_is_flop_by_time_by_peak() -> None:
     clock = watch.Stopwatch(step_flop=6e9, peak=1e12)
     clock.reset(0.0, 10)
@@ -98,6 +136,41 @@ def test_a_trace_of_the_steps_asked_for(run: Path) -> None:
     updates = [e for e in events if e.get("name", "").startswith("Optimizer.step")]
     assert len(updates) == 2  # two steps
     assert "aten::" in (run / "profile" / names[1]).read_text()
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "said"),
+    [(watch, "write_profile", "no room in "), (watch.files, "write_bytes", "File too large")],
+)
+def test_a_trace_that_the_disk_does_not_take_ends_nothing(
+    module: Any,
+    name: str,
+    said: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A disk that is full from the trace on, and one that has no room left for the table."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    fill_disk(monkeypatch, module, name, [True])
+    run = tmp_path / "run"
+    more = ["--log.profile_at", "2", "--log.profile_steps", "1", "--steps", "4", "--log.state_every", "4"]
+    assert train.main(words(data, run, *more)) == 0
+    [warned] = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("warning", "profile"))]
+    assert warned.startswith(f"warning   the profile could not be written to {run / 'profile'}: {said}")
+    assert warned.endswith("; training goes on")
+    assert not (run / "profile").exists() or not list((run / "profile").iterdir())
+    assert state.steps_in(run / "state") == [4] and lineage.read(run)[-1]["how"] == "done"
+
+
+def test_a_trace_that_no_folder_takes(tmp_path: Path) -> None:
+    (tmp_path / "profile").write_text("in the way")
+    profile = watch.Profile(tmp_path / "profile", 1, 1)
+    profile.profiler = torch.profiler.profile()
+    profile.profiler.start()
+    profile._write(0)
+    assert profile.profiler is None and (tmp_path / "profile").read_text() == "in the way"
 
 
 def test_clips_have_a_ceiling_beside_them(run: Path, codec: codecs.Codec) -> None:
@@ -151,6 +224,23 @@ def test_the_code_is_named_by_its_commit(tmp_path: Path) -> None:
     assert lineage.git_state(tmp_path) == {}  # no checkout
     here = lineage.git_state()
     assert not here or (len(here["commit"]) == 40 and isinstance(here["changed"], bool))
+
+
+def test_wandb_shows_settings_code_and_plan(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    git = {"commit": "c" * 40, "changed": True}
+    monkeypatch.setattr(lineage, "git_state", lambda: git)
+    run = tmp_path / "run"
+    assert train.main(words(data, run, "--steps", "1")) == 0
+    [file] = run.glob("wandb/offline-run-*/*.wandb")
+    shown: dict[str, Any] = {}
+    for entry in wandb_file.records(file):
+        updates = entry.run.config if entry.WhichOneof("record_type") == "run" else entry.config
+        shown |= {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in updates.update}
+    [start, _] = lineage.read(run)
+    assert shown["git"] == start["git"] == git
+    assert shown["plan"] == start["plan"] and any(line.startswith("memory") for line in shown["plan"])
+    assert shown["settings"]["optim"]["lr"] == 0.01 and shown["settings"]["run"] == str(run)
 
 
 def test_a_wandb_server_that_says_nothing_holds_nobody(
