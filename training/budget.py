@@ -199,9 +199,9 @@ class Plan:
 
         Sharded weights are gathered twice per pass, in bf16 where the run computes so, and their gradients reduced in
         float32: each in a ring over the ranks that share a copy, at the pace of its slowest link, with a hop per rank
-        and block. Copies all-reduce float32 gradients, DDP once per step, mirrored shards with every pass, in trees
-        whose few hops are left out. Where groups stay inside a node, the network carries gradients while the links
-        inside carry weights: FSDP2 gives the two queues of their own.
+        and block. Copies all-reduce float32 gradients once per step, mirrored shards too (`strategy.sum_mirrors`), in
+        trees whose few hops are left out. Where groups stay inside a node, the network carries gradients while the
+        links inside carry weights: FSDP2 gives the two queues of their own.
         """
         if self.ranks == 1:
             return 0.0, 0.0
@@ -215,8 +215,7 @@ class Plan:
             else:
                 inside += share / device.link + self.hop_seconds()
         if self.shards < self.ranks:
-            passes = self.accumulate if self.shards > 1 else 1
-            sent = passes * 2 * 4 * self.task.trained / self.shards
+            sent = 2 * 4 * self.task.trained / self.shards
             # Mirrors that share a node add up first, then nodes; parts go out side by side over what a node's cards
             # reach together.
             here = max(per_node // self.shards, 1)

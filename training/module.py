@@ -142,6 +142,8 @@ class MusicLMModule(pl.LightningModule):
         if batch_index % self.accumulate == 0:
             self.phases.begin(self.device)
             self.traffic.begin(self.device)
+        if self.accumulate > 1:
+            strategy.sum_mirrors(self.lm, now=(batch_index + 1) % self.accumulate == 0)
         self.phases.mark("")  # what lies between two parts is no part of the model
         sums, counts = self.score(batch)
         if batch_index % self.accumulate == 0:

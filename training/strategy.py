@@ -319,6 +319,15 @@ def shard_blocks(lm: Any, blocks: list[Any], mesh: Any, low: torch.dtype) -> Non
     register_fsdp_forward_method(lm, "hidden")
 
 
+def sum_mirrors(lm: nn.Module, *, now: bool) -> None:
+    """Say of a model in hybrid shards whether its mirrors sum their gradients after the next backward pass; where not,
+    these add up until they do. Nothing to do elsewhere."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(lm, FSDPModule):
+        lm.set_requires_all_reduce(now)
+
+
 def _is_meta(lm: nn.Module) -> bool:
     return any(p.is_meta for p in lm.parameters())
 
