@@ -2,14 +2,27 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
 BLOCK, HEADER = 32768, 7
 
 
-def records(path: Path) -> list[Any]:
-    """All records of a .wandb file; raises on a file that is not one."""
+def records(path: Path, seconds: float = 60.0) -> list[Any]:
+    """All records of a finished run's .wandb file; raises on a file that is not one.
+
+    W&B's own process writes the last of them after `finish` has returned: so long is waited for the run's end in them.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        found = _records(path)
+        if any(r.WhichOneof("record_type") == "exit" for r in found) or time.monotonic() > until:
+            return found
+        time.sleep(0.1)
+
+
+def _records(path: Path) -> list[Any]:
     from wandb.proto import wandb_internal_pb2
 
     data = path.read_bytes()
@@ -26,6 +39,8 @@ def records(path: Path) -> list[Any]:
         at += HEADER + length
         if kind in (1, 4):  # a whole record, or the last part of one
             record = wandb_internal_pb2.Record()
+            if len(data) < at:  # a record that is still being written
+                break
             record.ParseFromString(b"".join(parts))
             found.append(record)
             parts = []
