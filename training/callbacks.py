@@ -8,6 +8,7 @@ done.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -195,10 +196,10 @@ class Validation(EachStep):
         began = time.perf_counter()
         if self.batches:
             metrics = self._score(module, step)
-            best = module.progress.best_loss
-            if best is None or metrics["valid/loss"] < best:
-                module.progress.best_loss, module.progress.best_step = metrics["valid/loss"], step
-                self._release(module, metrics["valid/loss"])
+            best, loss = module.progress.best_loss, metrics["valid/loss"]
+            if math.isfinite(loss) and (best is None or loss < best):  # nothing would ever be below NaN
+                module.progress.best_loss, module.progress.best_step = loss, step
+                self._release(module, loss)
             else:
                 self.release.again(module.lm, module.encoder)
         elif step == self.last_step:  # without validation tracks the last average is the release
