@@ -255,10 +255,11 @@ class ShardSet:
                 self._maps[shard] = mapped, _state_of(os.fstat(handle.fileno()))
         return memoryview(self._maps[shard][0])[offset : offset + size]
 
-    def is_another(self, row: int) -> bool:
-        """Whether the shard of a row is another file, or changed, since it was opened; it is then opened anew.
+    def forget_if_changed(self, row: int) -> bool:
+        """Close the shard of a row where it is another file, or changed, since it was opened; whether that was so.
 
-        A mapped file stays readable after it was deleted or replaced, and may change or end under its reader.
+        The next reading opens what is there then. A mapped file stays readable after it was deleted or replaced, and
+        may change or end under its reader.
         """
         shard = self._shard[row]
         if shard not in self._maps:

@@ -194,7 +194,7 @@ def _prepare(job: Job, settings: TrackSettings, decoder: audio.Decoder, data: by
 
 
 class StemError(Exception):
-    """A stem that the catalogue names is missing, unreadable, or of another length."""
+    """A stem that the catalogue names is missing, unreadable, of another length or recording."""
 
     def __init__(self, stage: str, code: str, message: str) -> None:
         super().__init__(message)

@@ -97,8 +97,8 @@ def check_training(argv: Sequence[str]) -> None:
         UserError: naming the setting and what to give instead.
     """
     for name, instead in _OWN.items():
-        given = value_of(name, argv, "0" if name == "stop_at" else "")
-        if given != ("0" if name == "stop_at" else ""):
+        given = value_of(name, argv)
+        if given and (name, given) != ("stop_at", "0"):
             raise UserError(f"--{name} {given} cannot be given to a comparison of patterns: {instead}")
 
 

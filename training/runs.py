@@ -73,8 +73,8 @@ def read(folder: Path) -> Run | None:
     except FileNotFoundError:
         return None
     if wrong and not _tells_enough(config):
-        foreign = "wandb" in folder.parts  # W&B keeps a config.yaml of its own
-        if foreign if config is None else not (folder / lineage.FILE).exists():
+        # What is readable and tells of no start is not ours; what is not readable may be W&B's own.
+        if "wandb" in folder.parts if config is None else not (folder / lineage.FILE).exists():
             return None
         config = {}
     odd = [f"config.yaml is damaged: {wrong}"] if wrong else []

@@ -149,7 +149,7 @@ class Sources:
 
     def _check(self, row: int) -> None:
         part, own = self._at(row)
-        if part.is_another(own):
+        if part.forget_if_changed(own):
             self._checked[self._first[self.source[row]] + part.neighbours(own)] = False
         if self._checked[row]:
             return

@@ -1,4 +1,4 @@
-"""On which hardware and how: the only file that names DDP, FSDP, compile and precision. Builds the Trainer.
+"""On which hardware and how: the only file that sets up DDP, FSDP, compile and precision. Builds the Trainer.
 
 One process trains alone. Several run DDP, each with a whole copy of the model, or FSDP2 (Lightning's
 ModelParallelStrategy), where blocks are sharded over all ranks (fsdp) or over groups that mirror each other (hybrid);
