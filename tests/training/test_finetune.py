@@ -18,9 +18,9 @@ from musicgen import codec as codecs
 from musicgen.conditioning import TextEncoder
 from musicgen.errors import UserError
 from tests.training import tiny_run
+from tests.training.small_run import SMALL, fill_disk, same, tensors
 from tests.training.synthetic import STYLES, write_dataset
-from tests.training.test_train import SMALL, fill_disk, same, tensors
-from tests.training.test_train import metrics as rows
+from tests.training.tiny_run import curves as rows
 from training import budget, devices, finetune, finetune_check, forecast, rerecord, selection, sources, train
 from training.config import CONFIGS, read_config, task_of
 from training.selection import Selection

@@ -4,15 +4,11 @@ import dataclasses
 import json
 import os
 import random
-import resource
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,65 +25,15 @@ from musicgen.errors import UserError
 from musicgen.settings import SettingsError
 from pipelines.shard import ShardSet
 from tests.training import tiny_run, wandb_file
-from tests.training.synthetic import small_codec, write_dataset
+from tests.training.small_run import SMALL, close, go, same, tensors
+from tests.training.synthetic import write_dataset
 from tests.training.tiny_run import curves as metrics
-from tests.training.tiny_run import last_step
-from training import folder, launch, lineage, module, record, start, state, strategy, train
+from training import record, state, train
 from training.config import read_config
 from training.data import unigram_loss
 from training.module import NonFiniteLoss
 
-SMALL = shlex.split(
-    "--lm.dim 32 --lm.num_layers 2 --lm.num_heads 2 --lm.codebook_size 64 --batch.crop_seconds 2.56 --batch.size 8 "
-    "--optim.lr 1e-2 --optim.warmup_steps 5 --hardware.precision float32 --hardware.accelerator cpu "
-    "--codebook_init false --log.every 5 --log.valid_every 20 --log.state_every 20 --log.clips 0 --steps 40"
-)
-
-
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory: pytest.TempPathFactory) -> codecs.Codec:
-    return small_codec(tmp_path_factory.mktemp("codec") / "small")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, codec: codecs.Codec) -> Path:
-    identity = {"name": codec.name, "identity": codec.identity}
-    return write_dataset(tmp_path_factory.mktemp("data") / "set", size=64, codec=identity)
-
-
-@pytest.fixture(autouse=True)
-def no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-
-
-def go(data: Path, run: Path, *more: str) -> Path:
-    assert train.main(["--size", "demo", "--data", str(data), "--run", str(run), *SMALL, *more]) == 0
-    return run
-
-
-def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return state.tensors(run / "state" / f"step-{step}")
-
-
-def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], kind: str = "model") -> None:
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        if name.startswith(kind):
-            torch.testing.assert_close(b[name], tensor, atol=2e-4, rtol=1e-3)
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    differing = [key for key in a if not torch.equal(a[key], b[key])]
-    assert not differing
-
-
-@pytest.fixture(scope="module")
-def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run made in one go."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        return go(data, tmp_path_factory.mktemp("runs") / "whole")
+pytestmark = pytest.mark.usefixtures("no_wandb")
 
 
 def test_it_learns_and_releases_the_best(whole: Path, data: Path) -> None:
@@ -163,270 +109,6 @@ def test_killed_and_resumed_equals_all_at_once(whole: Path, data: Path, tmp_path
     go(data, run, *options)
     same(tensors(whole, 40), tensors(run, 40))
     assert metrics(run) == metrics(whole)
-
-
-def test_a_signal_saves_and_asks_to_be_run_again(whole: Path, data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "asked"
-
-    def ask() -> None:
-        while not last_step(run):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.getsignal(signal.SIGTERM)
-    threading.Thread(target=ask, daemon=True).start()
-    with pytest.raises(SystemExit) as left:
-        go(data, run)
-    assert left.value.code == launch.EXIT_REQUEUE and signal.getsignal(signal.SIGTERM) == before
-    [step] = state.steps_in(run / "state")
-    assert 0 < step < 20
-    go(data, run)
-    same(tensors(whole, 40), tensors(run, 40))
-    assert metrics(run) == metrics(whole)
-
-
-def test_a_disk_that_fills_does_not_stop_the_training(
-    whole: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = go(data, tmp_path / "full", "--stop_at", "20")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))  # states are larger; record and release are not
-    try:
-        with pytest.raises(UserError, match=r"state of step 40 could not be written.*last whole state is step 20"):
-            go(data, run, "--log.state_every", "10")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "the state of step 30 could not be written" in capsys.readouterr().out
-    assert state.steps_in(run / "state") == [20]
-    go(data, run)
-    same(tensors(whole, 40), tensors(run, 40))
-
-
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
-    """Do something inside a step of the training."""
-    real = module.MusicLMModule.training_step
-
-    def training_step(self: Any, batch: Any, index: int) -> Any:
-        if self.progress.step + 1 == step:
-            act()
-        return real(self, batch, index)
-
-    monkeypatch.setattr(module.MusicLMModule, "training_step", training_step)
-
-
-def replaced(shard: Path) -> None:
-    """Another file under the name, with other codes in it."""
-    altered = bytearray(shard.read_bytes())
-    for row in ShardSet.open(str(shard.parent.parent)).index.to_pylist():
-        if row["split"] == "train":
-            altered[row["codes_offset"] + 200] ^= 1
-    shard.with_suffix(".new").write_bytes(altered)
-    os.replace(shard.with_suffix(".new"), shard)
-
-
-WITHDRAWN: dict[str, tuple[Callable[[Path], None], str]] = {
-    "gone": (Path.unlink, "is gone"),
-    "replaced": (replaced, "was altered since it was made.*Nothing was trained on what is there now"),
-    "cut": (lambda shard: os.truncate(shard, 1000), "was altered since it was made"),
-}
-
-
-@pytest.mark.parametrize(("how", "workers"), [("gone", 0), ("replaced", 0), ("cut", 0), ("cut", 2)])
-def test_music_withdrawn_in_mid_run_stops_it_with_its_state_saved(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, workers: int
-) -> None:
-    act, words = WITHDRAWN[how]
-    copy = tmp_path / "copy"
-    shutil.copytree(data, copy)
-    shard = copy / "shards" / "train-00000.tar"
-    options = ["--batch.workers", str(workers), "--log.state_every", "40"]
-    with monkeypatch.context() as patch:
-        at_step(patch, 4, lambda: act(shard))
-        with pytest.raises(UserError, match=words) as stopped:
-            go(copy, tmp_path / "run", *options)
-    (step,) = state.steps_in(tmp_path / "run" / "state")
-    end = lineage.read(tmp_path / "run")[-1]
-    assert 4 <= step < 40 and end["how"] == "failed" and end["step"] == step
-    assert f"The run has saved its state of step {step}" in str(stopped.value) and "INIT=" in str(stopped.value)
-    if workers:
-        return
-    shutil.copy(data / "shards" / shard.name, shard)
-    go(copy, tmp_path / "run", *options)
-    whole = go(data, tmp_path / "whole", *options)
-    same(tensors(tmp_path / "run", 40), tensors(whole, 40))
-
-
-@pytest.fixture
-def at_a_terminal() -> Iterator[None]:
-    """SIGINT as a terminal's programs have it; those that a script starts in the background ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("at_a_terminal")
-def test_ctrl_c_saves_and_leaves(
-    whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(SystemExit) as left:
-        go(data, run, "--batch.workers", "1")
-    said = capfd.readouterr()
-    assert left.value.code == 130 and "Ctrl-C once more leaves at once" in said.err
-    assert "left      after step 3 of 40, asked by SIGINT; the state is saved, run the same command again" in said.out
-    assert lineage.read(run)[-1]["how"] == "interrupted" and state.steps_in(run / "state") == [3]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    monkeypatch.undo()
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    go(data, run)
-    same(tensors(whole, 40), tensors(run, 40))
-
-
-@pytest.mark.usefixtures("at_a_terminal")
-def test_a_second_ctrl_c_leaves_at_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = go(data, tmp_path / "run", "--stop_at", "2")
-    at_step(monkeypatch, 4, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)] and None)
-    with pytest.raises(KeyboardInterrupt):  # of which `settings.run` makes a line and the exit code 130
-        go(data, run)
-    end = lineage.read(run)[-1]
-    assert end["how"] == "interrupted" and end["step"] == 3 and "error" not in end
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert state.steps_in(run / "state") == [2]
-
-
-def test_a_signal_before_the_first_step_asks_to_be_run_again(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    for owner, name in ((start, "load_encoder"), (record, "Record"), (strategy, "prepare")):
-        with monkeypatch.context() as patch:
-            real = getattr(owner, name)
-
-            def ask(*given: Any, real: Any = real) -> Any:
-                os.kill(os.getpid(), signal.SIGTERM)
-                return real(*given)
-
-            patch.setattr(owner, name, ask)
-            with pytest.raises(SystemExit) as left:
-                go(data, tmp_path / name)
-        assert left.value.code == launch.EXIT_REQUEUE
-        assert capfd.readouterr().out.count("left      asked by SIGTERM outside the steps: nothing is lost") == 1
-    assert lineage.read(tmp_path / "prepare")[-1]["how"] == "left"
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def fill_disk(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, full: list[bool]) -> None:
-    """Let a function that writes meet a disk without room at the calls that `full` says, and with room after them."""
-    real = getattr(module, name)
-
-    def write(*given: Any, **more: Any) -> Any:
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if full and full.pop(0):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        try:
-            return real(*given, **more)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-    monkeypatch.setattr(module, name, write)
-
-
-def released(run: Path) -> bytes:
-    assert not list(run.glob(".release*"))
-    return (run / "release" / "model.safetensors").read_bytes()
-
-
-def test_a_release_waits_for_room(
-    whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fill_disk(monkeypatch, weights, "write_folder", [True, True, False])  # at steps 20, 40 and at the end
-    run = go(data, tmp_path / "run")
-    said = capsys.readouterr().out
-    assert said.count("release of step") == 2 and "that of step 40 is written now" in said
-    assert released(run) == released(whole) and metrics(run) == metrics(whole)
-    same(tensors(whole, 40), tensors(run, 40))
-
-
-def test_a_release_that_finds_no_room_is_written_by_the_next_start(
-    whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fill_disk(monkeypatch, weights, "write_folder", [False, True, True])
-    run = tmp_path / "run"
-    with pytest.raises(UserError, match=r"release of step 40 could not be .*: File too large. The state of step 40 is"):
-        go(data, run)
-    assert lineage.read(run)[-1]["how"] == "failed"
-    _, info = weights.load_release(run / "release")
-    assert info["training"]["step"] == 20 and state.steps_in(run / "state") == [20, 40]
-    go(data, run)
-    assert released(run) == released(whole)
-
-
-def test_a_release_that_found_no_room_half_way(
-    whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-    fill_disk(monkeypatch, weights, "write_folder", [True, True])
-    with pytest.raises(UserError, match="release of step 20 could not be written"):
-        go(data, run, "--stop_at", "20")
-    assert not (run / "release").exists()
-    go(data, run, "--stop_at", "21")
-    assert weights.read_info(run / "release")["training"]["step"] == 20
-    # Where the best step's state is gone as well, the next validation is released.
-    shutil.rmtree(run / "release")
-    shutil.rmtree(run / "state" / "step-20")
-    document = json.loads((run / "state/step-21/state.json").read_text())
-    document["best_loss"] = 0.1  # better than any
-    (run / "state/step-21/state.json").write_text(json.dumps(document))
-    go(data, run)
-    assert released(run) == released(whole)
-
-
-def test_a_finished_run_writes_its_release_again(
-    whole: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    shutil.rmtree(run / "release")
-    go(data, run)
-    assert "from the state of step 40" in capsys.readouterr().out and released(run) == released(whole)
-    shutil.rmtree(run / "release")
-    document = json.loads((run / "state/step-40/state.json").read_text())
-    document["best_step"] = 35  # of which no state is kept
-    (run / "state/step-40/state.json").write_text(json.dumps(document))
-    go(data, run)
-    assert weights.read_info(run / "release")["training"]["valid_loss"] is None and released(run) == released(whole)
-    go(data, run)
-    assert "nothing to do" in capsys.readouterr().out
-
-
-def test_what_a_killed_run_was_writing_is_cleared(data: Path, tmp_path: Path) -> None:
-    run = go(data, tmp_path / "run", "--stop_at", "2")
-    (run / "samples").mkdir()
-    for name in (".release.ab.tmp", ".release.ab.old"):
-        (run / name).mkdir()
-        (run / name / "model.safetensors").write_bytes(b"half")
-    (run / "samples" / ".step-0000002-0.wav.ab.tmp").write_bytes(b"half")
-    go(data, run, "--stop_at", "3")
-    assert not list(run.glob(".release*")) and not list((run / "samples").iterdir())
-    assert (run / "release" / "model.safetensors").read_bytes() == b"half"  # the one that stood there before
-
-
-def test_clips_wait_for_room(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from musicgen import wav
-
-    options = ["--steps", "4", "--log.clips", "1", "--log.clip_seconds", "0.5", "--log.clips_every", "2"]
-    fill_disk(monkeypatch, wav, "write", [True, True, False])
-    run = go(data, tmp_path / "run", *options)
-    assert capsys.readouterr().out.count("warning   the clips of step") == 2
-    found = sorted(path.name for path in (run / "samples").iterdir())
-    assert found == ["ceiling-0.wav", "step-0000004-0.json", "step-0000004-0.wav"]
-    fill_disk(monkeypatch, wav, "write", [True, True, True])
-    with pytest.raises(UserError, match=r"clips of step 4 could not be written .*make generate MODEL="):
-        go(data, tmp_path / "never", *options)
-    assert released(tmp_path / "never") and state.steps_in(tmp_path / "never" / "state") == [4]
 
 
 def test_what_cannot_fit_prints_its_plan_and_leaves(
@@ -506,53 +188,6 @@ def test_a_state_that_lost_a_file_or_a_part_of_one_is_refused(data: Path, tmp_pa
             go(data, run, "--stop_at", "3")
         file.write_bytes(whole)
     go(data, run, "--stop_at", "3")
-
-
-def test_a_full_disk_keeps_the_record_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics_file, real = record.MetricsFile(tmp_path / "metrics.jsonl"), record.append_whole
-
-    def full(path: Path, data: bytes) -> None:
-        raise OSError(28, "No space left on device")
-
-    metrics_file.append(1, {"x": 1.0})
-    monkeypatch.setattr(record, "append_whole", full)
-    metrics_file.append(2, {"x": 2.0})
-    metrics_file.append(3, {"x": 3.0})
-    assert [row["step"] for row in record.read_metrics(tmp_path / "metrics.jsonl")] == [1]
-    monkeypatch.setattr(record, "append_whole", real)
-    metrics_file.append(4, {"x": 4.0})
-    assert [row["step"] for row in record.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
-
-
-def test_a_start_on_a_full_disk_says_so(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill_disk(monkeypatch, folder, "make_run", [True])
-    with pytest.raises(UserError, match=r"run' cannot be written: File too large. Free some room"):
-        go(data, tmp_path / "run")
-    assert not list(tmp_path.iterdir())
-    run = go(data, tmp_path / "run", "--stop_at", "2", "--log.every", "1")
-    before = {path.name: path.read_bytes() for path in run.glob("*.jsonl")}
-    for owner, name, file in ((lineage, "began", "starts"), (record, "MetricsFile", "metrics")):
-        fill_disk(monkeypatch, owner, name, [True])
-        with pytest.raises(UserError, match=rf"RUN: .*{file}.jsonl cannot be written: .*Free some room"):
-            go(data, run)
-        assert (run / f"{file}.jsonl").read_bytes() == before[f"{file}.jsonl"] and not list(run.glob(".metrics*"))
-
-
-def test_a_full_disk_does_not_hide_what_ended_a_run(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = go(data, tmp_path / "run", "--stop_at", "2")
-    fill_disk(monkeypatch, lineage, "ended", [True])
-
-    def fail(*_: Any) -> None:
-        with (run / "starts.jsonl").open("a") as file:
-            file.write(" " * 1000 + "\n")
-        raise NonFiniteLoss("the true error")
-
-    monkeypatch.setattr(module.MusicLMModule, "training_step", fail)
-    with pytest.raises(NonFiniteLoss, match="the true error"):
-        go(data, run)
-    assert "the end of the run is not in it" in caplog.text
 
 
 def test_two_trainings_of_one_run_are_refused(data: Path, tmp_path: Path) -> None:

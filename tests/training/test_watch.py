@@ -16,8 +16,8 @@ from musicgen import codec as codecs
 from musicgen import wav
 from musicgen.errors import UserError
 from tests.training import wandb_file
+from tests.training.small_run import SMALL, fill_disk
 from tests.training.synthetic import small_codec, write_dataset
-from tests.training.test_train import SMALL, fill_disk
 from training import budget, callbacks, lineage, record, runs, state, train, watch
 from training import data as reading
 from training.config import read_config
