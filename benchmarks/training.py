@@ -4,7 +4,8 @@
 
 Three measurements. The peer: a training step of this model and one of a plain `transformers.MusicgenForCausalLM` of the
 same shape, in turn, on the same batch, each in a process of its own, in float32 and, where the processor has bf16, in
-bf16 autocast; both at their best precision are compared, and once more with the peer's process set up as ours is.
+bf16 autocast; both at their best precision are compared, and once more with the peer's process set up as ours is. With
+PARTS the step has several, and ours is measured with a cast of the weights in each of them as well.
 The run: `training.train` itself, with everything beside the step (reading, logging, Lightning). The parts: one step
 taken apart. Without DATA a set of made-up tokens is used; speed does not depend on which tokens they are. Sizes other
 than demo hear a text encoder of T5-base's shape with random weights. Keep the machine otherwise idle.
@@ -31,6 +32,7 @@ from training.config import read_config, task_of
 from training.strategy import HardwareConfig
 from training.traffic import Traffic
 
+CASTS = "a cast per part"
 PHASES = tuple(f"seconds/{phase}" for phase in ("step", "data", "text", "forward", "backward", "optimizer"))
 
 
@@ -45,6 +47,7 @@ class BenchConfig:
         rounds: steps of ours and of the peer's, in turn, in each precision, the first left out; 0 leaves them out.
         precision: of run and parts: bf16, float32, or auto, what training itself would take here.
         batch: items per step; 0 takes the size's own, on a CPU 1 of the real sizes.
+        parts: of a step beside the peer's, of `batch` items each; the run has those of its plan.
         crop_seconds: length of a crop; 0 takes the size's own, on a CPU 5 s of the real sizes.
         json: also write the result to this file.
     """
@@ -55,10 +58,13 @@ class BenchConfig:
     rounds: int = 4
     precision: Literal["auto", "bf16", "float32"] = "auto"
     batch: int = 0
+    parts: int = 1
     crop_seconds: float = 0.0
     json: str = ""
 
     def __post_init__(self) -> None:
+        if self.parts < 1:
+            raise ValueError(f"parts is {self.parts}; a step has at least 1")
         if self.rounds == 1:
             raise ValueError("rounds is 1, and the first is left out; give 0 or at least 2")
 
@@ -223,9 +229,13 @@ def _batch(run: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Te
 
 
 def _serve(side: Literal["ours", "transformers"], config: BenchConfig, threads: int, told: Any) -> None:
-    """One side in a process of its own: makes a step of the precision that it is told, answers its seconds."""
+    """One side in a process of its own: makes a step of the precision that it is told, answers its seconds.
+
+    Ours shares copies of the weights between the parts of a step in bf16, unless told "a cast per part".
+    """
     from musicgen import heap
     from training import optim
+    from training.copies import WorkingCopies
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -235,6 +245,8 @@ def _serve(side: Literal["ours", "transformers"], config: BenchConfig, threads: 
     model, make_loss = _our_side(run) if side == "ours" else _their_side(run)
     device = next(model.parameters()).device
     optimizer = optim.build_optimizer(model.parameters(), run.optim)
+    blocks = model.transformer.layers if side == "ours" and config.parts > 1 else []
+    copies = WorkingCopies(blocks, torch.bfloat16)
     told.send("ready")
     while True:
         try:
@@ -245,9 +257,14 @@ def _serve(side: Literal["ours", "transformers"], config: BenchConfig, threads: 
             told.send(heap.keep_freed())
             continue
         began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=order == "bf16"):
-            value = make_loss()
-        value.backward()
+        if order == "bf16":
+            copies.refresh()
+            copies.put_in()
+        for _ in range(config.parts):
+            with torch.autocast(device.type, torch.bfloat16, enabled=order != "float32"):
+                value = make_loss() / config.parts
+            value.backward()
+        copies.put_back()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.optim.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -260,14 +277,14 @@ def measure_peer(config: BenchConfig, rounds: int) -> dict[str, dict[str, float]
     """Frames per second of whole training steps, ours and the peer's in turn, by side and precision; text states given.
 
     Each side is a process, since what malloc keeps is a process's own. `transformers, memory kept` is the peer with our
-    setting of malloc, measured last, beside ours once more.
+    setting of malloc, measured last, beside ours once more; `ours, a cast per part` is ours without shared copies.
     """
     import multiprocessing
 
     from rich.progress import track
 
     run = read_config(config.shape(), folders=False)
-    frames = run.batch.size * round(50 * run.batch.crop_seconds)
+    frames = config.parts * run.batch.size * round(50 * run.batch.crop_seconds)
     spawn, sides = multiprocessing.get_context("spawn"), {}
     for name in ("ours", "transformers"):
         here, there = spawn.Pipe()
@@ -296,12 +313,15 @@ def measure_peer(config: BenchConfig, rounds: int) -> dict[str, dict[str, float]
             if suffix and (torch.cuda.is_available() or not ask("transformers", "keep freed memory")):
                 break
             for precision in precisions:
-                seconds: dict[str, list[float]] = {name: [] for name in sides}
+                turns = {name: (name, precision) for name in sides}
+                if config.parts > 1 and precision == "bf16":
+                    turns[f"ours, {CASTS}"] = ("ours", CASTS)
+                seconds: dict[str, list[float]] = {turn: [] for turn in turns}
                 for _ in track(range(rounds), description=f"steps in {precision}{suffix}"):
-                    for name, times in seconds.items():
-                        times.append(ask(name, precision))
-                for name, times in seconds.items():
-                    rates.setdefault(name + suffix, {})[precision] = frames / statistics.median(times[1:])
+                    for turn, times in seconds.items():
+                        times.append(ask(*turns[turn]))
+                for turn, times in seconds.items():
+                    rates.setdefault(turn + suffix, {})[precision] = frames / statistics.median(times[1:])
     finally:
         for _, here in sides.values():
             here.close()  # a side that waits for its next order ends by that
@@ -319,14 +339,18 @@ def peer_lines(config: BenchConfig, peer: dict[str, dict[str, float]]) -> list[s
     frames = round(50 * run.batch.crop_seconds)
     best = {name: max(kinds.values()) for name, kinds in peer.items()}
     per_frame = budget.train_flop(run.lm, frames) / frames
-    lines = [f"a step of {run.batch.size} x {run.batch.crop_seconds:g} s, frames per second by precision"]
+    of = f"{config.parts} parts of " if config.parts > 1 else ""
+    lines = [f"a step of {of}{run.batch.size} x {run.batch.crop_seconds:g} s, frames per second by precision"]
     for name, kinds in peer.items():
         said = ", ".join(f"{kind} {rate:.1f}" for kind, rate in kinds.items())
-        lines.append(f"  {name:<28}{said}; best is {best[name] * per_frame / 1e9:.1f} GFLOP/s")
+        lines.append(f"  {name:<36}{said}; best is {best[name] * per_frame / 1e9:.1f} GFLOP/s")
     lines.append(f"  ours / transformers, both at their best: {best['ours'] / best['transformers']:.2f}")
     if "ours, memory kept" in best:
         again = best["ours, memory kept"] / best["transformers, memory kept"]
         lines.append(f"  ours / transformers with our setting of malloc (musicgen/heap.py): {again:.2f}")
+    if f"ours, {CASTS}" in best:
+        gain = best["ours"] / best[f"ours, {CASTS}"]
+        lines.append(f"  ours with copies of the weights that the parts share / with {CASTS}: {gain:.3f}")
     lines.append(f"  FLOP: {budget.FLOP_RULE}")
     return lines
 

@@ -90,8 +90,8 @@ class Attention(nn.Module):
         has_text = text_mask.any(dim=-1)
         # A fully masked row would be a softmax over nothing (NaN); let it see its padding and erase the result.
         seen = text_mask | ~has_text[:, None]
-        out = attend(q, k, v, seen[:, None, None, :])
-        return self._merge(out.masked_fill(~has_text[:, None, None, None], 0.0))
+        heard = self._merge(attend(q, k, v, seen[:, None, None, :]))
+        return heard.masked_fill(~has_text[:, None, None], 0.0)  # last, so that a compiler joins it to the residual
 
 
 Modulation = tuple[Tensor, Tensor, Tensor]  # scale, shift, gate, each [B, 1, D]

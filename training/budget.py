@@ -84,8 +84,8 @@ def layer_activations(lm: LMConfig, frames: int, *, bf16: bool, cpu: bool, check
 
     The residual stream and what the norms keep of it are float32; inputs of matrix products are bf16 under autocast.
     Per position and unit of width: norms 4 + 4 + 4 (their inputs); self-attention 1 in, 3 q/k/v, 1 out; cross-attention
-    1 in, 1 query, 2 out (before and after the rows without text are erased); feed-forward 1 in, 4 + 4 around the
-    activation. `selective` keeps what matrix products and attention put out, `full` the layer's input alone.
+    1 in, 1 query, 1 out; feed-forward 1 in, 4 + 4 around the activation. `selective` keeps what matrix products and
+    attention put out, `full` the layer's input alone.
     """
     s, d, low = positions(lm, frames) + prefix(lm), lm.dim, 2 if bf16 else 4
     cross = 1 if lm.cross_attention else 0
@@ -94,7 +94,7 @@ def layer_activations(lm: LMConfig, frames: int, *, bf16: bool, cpu: bool, check
         return 4.0 * s * d
     if checkpointing == "selective":
         return s * d * (4.0 + low * (3 + 1 + 1 + cross * 3 + f + 1))
-    kept = s * d * (4.0 * (2 + cross) + low * (1 + 3 + 1 + cross * 4 + 1 + 2 * f))
+    kept = s * d * (4.0 * (2 + cross) + low * (1 + 3 + 1 + cross * 3 + 1 + 2 * f))
     if cpu and bf16:  # attention is written out there (musicgen.transformer.attend): its weights are kept
         kept += 2.0 * lm.num_heads * s * (s + cross * TEXT_TOKENS)
     return kept
@@ -171,6 +171,11 @@ class Plan:
     def fits(self) -> bool:
         """Whether the memory suffices."""
         return self.needed <= USABLE * self.device.memory
+
+    @property
+    def shares_casts(self) -> bool:
+        """Whether the parts of a step share bf16 copies of the weights (`training.copies`); shards are sent in bf16."""
+        return self.task.bf16 and self.shards == 1 and self.accumulate > 1
 
     @property
     def step_flop(self) -> float:

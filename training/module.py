@@ -23,6 +23,7 @@ from musicgen.errors import UserError
 from musicgen.lm import MusicLM
 from musicgen.style import Latents
 from training import loss, optim, plan, state, strategy
+from training.copies import WorkingCopies
 from training.data import Batch
 from training.traffic import Traffic
 from training.watch import Phases
@@ -57,6 +58,8 @@ class MusicLMModule(pl.LightningModule):
         latents: the codec's frozen codebooks, for a model with a style.
         compiled: whether `prepare` compiles blocks: captions are then padded to a few lengths, and on a GPU the
             loss is compiled too.
+        shares_casts: autocast's copies of the blocks' matrices are made once per step, for all of its parts; not for
+            a sharded model.
     """
 
     def __init__(
@@ -74,12 +77,14 @@ class MusicLMModule(pl.LightningModule):
         resume: Path | None = None,
         latents: Latents | None = None,
         compiled: bool = False,
+        shares_casts: bool = False,
     ) -> None:
         super().__init__()
         self.lm = lm
         self.optim_config, self.total_steps = config, total_steps
         self.crop_frames, self.accumulate, self.frame_rate = crop_frames, accumulate, frame_rate
-        self.seed, self.compiled = seed, compiled
+        self.seed, self.compiled, self.shares_casts = seed, compiled, shares_casts
+        self.copies: WorkingCopies | None = None
         self.draws = lm.config.dropout > 0 or any(isinstance(m, nn.Dropout) and m.p > 0 for m in lm.modules())
         self._prepare, self.resume = prepare, resume
         self.progress = state.Progress(accumulate=accumulate)
@@ -112,6 +117,8 @@ class MusicLMModule(pl.LightningModule):
         self.progress.ranks = self.trainer.world_size
         if self.resume is not None:
             state.load(self.resume, self.progress.step, self.lm, self.ema, self.trainer.optimizers[0])
+        if self.shares_casts:
+            self.copies = WorkingCopies(self.lm.transformer.layers, torch.bfloat16)
 
     def score(self, batch: Batch, text: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Cross-entropy sums `[K]` of this rank's items and target counts `[K]` of the batch's `valid_frames`."""
@@ -139,14 +146,20 @@ class MusicLMModule(pl.LightningModule):
         """Loss of one part of a step, scaled so that all parts of all ranks add up to the global batch's mean."""
         if self.draws:  # the only thing a step draws from torch's generators: address it too
             torch.manual_seed(hash((self.seed, batch.step, batch_index % self.accumulate, self.global_rank)))
-        if batch_index % self.accumulate == 0:
+        first, last = batch_index % self.accumulate == 0, (batch_index + 1) % self.accumulate == 0
+        if first:
             self.phases.begin(self.device)
             self.traffic.begin(self.device)
         if self.accumulate > 1:
-            strategy.sum_mirrors(self.lm, now=(batch_index + 1) % self.accumulate == 0)
+            strategy.sum_mirrors(self.lm, now=last)
         self.phases.mark("")  # what lies between two parts is no part of the model
+        if self.copies is not None:
+            if first:
+                self.copies.refresh()
+            if not last or self.trainer.world_size == 1:  # DDP sums the gradients of the last part, and sees no copy's
+                self.copies.put_in()
         sums, counts = self.score(batch)
-        if batch_index % self.accumulate == 0:
+        if first:
             self.sums.zero_()
             self._parts: list[tuple[Batch, Tensor]] = []
             self.progress.audio_seconds_seen += float(batch.valid_frames.sum()) / self.frame_rate
@@ -160,6 +173,8 @@ class MusicLMModule(pl.LightningModule):
 
     def on_after_backward(self) -> None:
         """The gradients of this part are made."""
+        if self.copies is not None:
+            self.copies.put_back()
         self.traffic.go()
         self.phases.mark("backward")
 

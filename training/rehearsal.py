@@ -14,6 +14,7 @@ needs no CUDA; attention is torch's fused one, which keeps the same tensors as o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ from musicgen.errors import UserError
 from musicgen.lm import MusicLM
 from training import budget, loss, optim, strategy
 from training.budget import Plan
+from training.copies import WorkingCopies
 
 DEVICE = "cpu"
 
@@ -84,6 +86,7 @@ class _Rehearsal:
             strategy.recompute(block, plan)
         if mesh is not None:
             strategy.shard_blocks(lm, blocks, mesh, torch.bfloat16 if plan.task.bf16 else torch.float32)
+        self.copies = WorkingCopies(blocks, torch.bfloat16) if plan.shares_casts else None
         self.optimizer = optim.build_optimizer(optim.trained(lm).values(), optim.OptimConfig())
         self.ema = optim.EMA(lm, 0.99)
         # What training calls, made the call that FSDP and the tracker watch.
@@ -105,8 +108,12 @@ class _Rehearsal:
 
     def step(self, after_part: Callable[[], None] = lambda: None) -> None:
         """One step of training, as `training.module` makes it."""
-        for _ in range(min(self.plan.accumulate, 2)):  # from the second part on memory is the same
+        for part in range(min(self.plan.accumulate, 2)):  # from the second part on memory is the same
+            if self.copies is not None and (part == 0 or self.plan.ranks == 1):
+                self.copies.put_in()
             self._part()
+            if self.copies is not None:
+                self.copies.put_back()
             after_part()
         torch.nn.utils.clip_grad_norm_(self.lm.parameters(), 1.0)
         self.optimizer.step()
@@ -128,6 +135,7 @@ class _Rehearsal:
         else:
             tracker = MemTracker()
             tracker.track_external(self.lm, self.optimizer, *averages)
-        with tracker:
+        with tracker, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Expected a tensor or a traceable")  # the gradient of a copy, dropped
             self.step(tracker.reset_mod_stats)
         return float(max(by_kind["Total"] for by_kind in tracker.get_tracker_snapshot("peak").values()))

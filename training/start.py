@@ -243,6 +243,7 @@ def module_of(start: Start) -> MusicLMModule:
         resume=start.folder / "state" if start.step else None,
         latents=start.latents,
         compiled=config.hardware.compiles,
+        shares_casts=plan.shares_casts,
     )
     if start.before is not None:
         module.progress = dataclasses.replace(start.before, accumulate=plan.accumulate)

@@ -85,6 +85,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ),
             job("bf16", *shards, *BF16),
             job("withdrawn", *lent, withdraw=[0, str(gone), str(folder / "withdrawn" / "metrics.jsonl")]),
+            job("copies", *BF16, "--batch.accumulate", "2"),
+            job("casts", *BF16, "--batch.accumulate", "2", casts=True),
         ],
         folder / "first",
     )
@@ -113,8 +115,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         folder / "second",
     )
-    done = [*first[:5], first[6], *second[:2], *second[3:]]
-    assert done == [["ok", "ok"]] * 12
+    done = [*first[:5], first[6], *first[8:], *second[:2], *second[3:]]
+    assert done == [["ok", "ok"]] * 14
     (folder / "withdrawn" / "became").write_text("\n".join(first[7]))
     (folder / "asked" / "became").write_text("\n".join(first[5]))
     (folder / "spoiled" / "became").write_text("\n".join(second[2]))
@@ -142,6 +144,12 @@ def test_two_ranks_go_on_to_the_bit(place: Path, run: str) -> None:
     once, again = tensors(place / run), tensors(place / f"again-{run}")
     assert once.keys() == again.keys() and all(torch.equal(once[name], again[name]) for name in once)
     assert metrics(place / run) == metrics(place / f"again-{run}")
+
+
+def test_copies_of_two_ranks_whose_parts_share_a_cast_train_as_with_a_cast_each(place: Path) -> None:
+    shared, each = tensors(place / "copies"), tensors(place / "casts")
+    assert shared.keys() == each.keys() and all(torch.equal(shared[name], each[name]) for name in each)
+    assert metrics(place / "copies") == metrics(place / "casts")
 
 
 def test_two_ranks_train_the_adapter_of_one(place: Path) -> None:
