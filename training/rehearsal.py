@@ -5,7 +5,7 @@
 `training.budget` reckons memory by closed formulas. Here the model of that plan is built with fake tensors (shapes and
 types, no bytes), recomputed and sharded by the same functions as in training, over a process group that sends nothing,
 and makes two steps: forward under bf16 autocast, loss, backward, clipping, fused AdamW, averaged weights. torch's
-memory tracker, which is not ours, sees every tensor come and go in the second one and keeps the peak.
+memory tracker, which is not ours, sees every tensor come and go in the second one's passes and keeps the peak.
 
 What it cannot see: the CUDA context, workspaces of libraries, fragments and streams that overlap, for which the plan
 leaves 8 % of the memory free, and what compiling saves. The tensors say that they are on a CPU, where torch's build
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -106,15 +106,22 @@ class _Rehearsal:
             value = loss.mean_over_codebooks(sums, torch.full_like(sums, float(plan.micro * plan.task.frames)))
         value.backward()
 
-    def step(self, after_part: Callable[[], None] = lambda: None) -> None:
-        """One step of training, as `training.module` makes it."""
-        for part in range(min(self.plan.accumulate, 2)):  # from the second part on memory is the same
-            if self.copies is not None and (part == 0 or self.plan.ranks == 1):
-                self.copies.put_in()
-            self._part()
-            if self.copies is not None:
-                self.copies.put_back()
-            after_part()
+    def step(self, watched: Any = nullcontext(), after_part: Callable[[], None] = lambda: None) -> None:
+        """One step of training, as `training.module` makes it.
+
+        Args:
+            watched: a context for the passes. The update adds nothing to what is there once the gradients are, and
+                trackers before torch 2.13 count every sharded tensor of it whole.
+            after_part: called after each of them.
+        """
+        with watched:
+            for part in range(min(self.plan.accumulate, 2)):  # from the second part on memory is the same
+                if self.copies is not None and (part == 0 or self.plan.ranks == 1):
+                    self.copies.put_in()
+                self._part()
+                if self.copies is not None:
+                    self.copies.put_back()
+                after_part()
         torch.nn.utils.clip_grad_norm_(self.lm.parameters(), 1.0)
         self.optimizer.step()
         self.ema.update(self.lm)
@@ -135,7 +142,7 @@ class _Rehearsal:
         else:
             tracker = MemTracker()
             tracker.track_external(self.lm, self.optimizer, *averages)
-        with tracker, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Expected a tensor or a traceable")  # the gradient of a copy, dropped
-            self.step(tracker.reset_mod_stats)
+            self.step(tracker, tracker.reset_mod_stats)
         return float(max(by_kind["Total"] for by_kind in tracker.get_tracker_snapshot("peak").values()))
