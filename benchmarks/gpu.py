@@ -5,7 +5,8 @@ Each runs in its own process, so that one that runs out of memory costs only its
 
 `training`: twenty real steps of 3.3b and ten of each smaller size, where they fit, by `training.train` itself: clips
 per second, model FLOP per second and their share of the peak by the stated rule, the widespread 6N + 12LdT figure
-beside it, peak memory beside the planned one; then a step of 300m beside that of a plain transformers MusicGen.
+beside it, peak memory beside the planned one; then a step of 300m in four parts beside that of a plain transformers
+MusicGen, and beside ours where every part casts the weights for itself.
 
 `codec`: encoding by the paper's network, times real time by batch (`benchmarks.codec_gpu`).
 
@@ -32,6 +33,7 @@ from musicgen import settings
 from musicgen.errors import UserError
 from training.config import layout_settings, read_config, task_of
 
+SIZES = ("300m", "1.5b", "3.3b")
 PASSES = 12  # of a measured step at most: a batch of 192 takes 24 at 3.3b, and each spreads the update thinner
 
 
@@ -41,6 +43,7 @@ class GpuConfig:
 
     Args:
         sections: names out of `SECTIONS`, with commas between; all when empty.
+        sizes: that `training` trains, with commas between.
         steps: steps of 3.3b's training, half as many of the others'; the first fifth is left out.
         device: `cuda`, or `cpu` to try the code.
         tiny: small networks, to try the code.
@@ -48,10 +51,16 @@ class GpuConfig:
     """
 
     sections: str = ""
+    sizes: str = "300m,1.5b,3.3b"
     steps: int = 20
     device: Literal["cuda", "cpu"] = "cuda"
     tiny: bool = False
     out: str = ""
+
+    def __post_init__(self) -> None:
+        for size in self.sizes.split(","):
+            if size not in SIZES:
+                raise ValueError(f"sizes names {size!r}; allowed: {', '.join(SIZES)}, with commas between")
 
 
 def training(config: GpuConfig) -> dict[str, Any]:
@@ -68,7 +77,7 @@ def training(config: GpuConfig) -> dict[str, Any]:
         folder = Path(name)
         data = str(write_dataset(folder / "data", tracks=80, valid=2, frames=(2000, 6000)))
         encoder = write_t5(folder / "t5", tiny=config.tiny)
-        for size in ("demo",) if config.tiny else ("300m", "1.5b", "3.3b"):
+        for size in ["demo"] if config.tiny else config.sizes.split(","):
             steps = config.steps if size == "3.3b" else max(config.steps // 2, 2)
             asked = bench.BenchConfig(size=size, steps=steps, crop_seconds=0.64 * config.tiny)
             run, plan = _planned(asked, device)
@@ -93,7 +102,7 @@ def training(config: GpuConfig) -> dict[str, Any]:
             }
             print(f"{size}: {json.dumps(found[size])}", file=sys.stderr, flush=True)
     size, batch = ("demo", 1) if config.tiny else ("300m", 8)
-    peer = bench.BenchConfig(size=size, batch=batch, crop_seconds=0.64 * config.tiny)
+    peer = bench.BenchConfig(size=size, batch=batch, parts=4, crop_seconds=0.64 * config.tiny)
     found["frames_per_second_beside_transformers"] = bench.measure_peer(peer, 2 if config.tiny else 6)
     return found
 
@@ -167,6 +176,7 @@ def _apart(name: str, config: GpuConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "section.json"
         command = [sys.executable, "-m", "benchmarks.gpu", "--sections", name, "--out", str(out)]
+        command += ["--sizes", config.sizes]
         command += ["--steps", str(config.steps), "--device", config.device, "--tiny", str(config.tiny).lower()]
         done = subprocess.run(command, check=False)
         if done.returncode or not out.is_file():

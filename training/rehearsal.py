@@ -106,7 +106,7 @@ class _Rehearsal:
             value = loss.mean_over_codebooks(sums, torch.full_like(sums, float(plan.micro * plan.task.frames)))
         value.backward()
 
-    def step(self, watched: Any = nullcontext(), after_part: Callable[[], None] = lambda: None) -> None:
+    def step(self, watched: Any = None, after_part: Callable[[], None] = lambda: None) -> None:
         """One step of training, as `training.module` makes it.
 
         Args:
@@ -114,7 +114,7 @@ class _Rehearsal:
                 trackers before torch 2.13 count every sharded tensor of it whole.
             after_part: called after each of them.
         """
-        with watched:
+        with watched or nullcontext():
             for part in range(min(self.plan.accumulate, 2)):  # from the second part on memory is the same
                 if self.copies is not None and (part == 0 or self.plan.ranks == 1):
                     self.copies.put_in()

@@ -15,6 +15,7 @@ from benchmarks import codec as bench
 from benchmarks import gpu
 from musicgen import codec as codecs
 from musicgen.errors import UserError
+from musicgen.settings import SettingsError
 from tests.training import small_music
 
 
@@ -96,10 +97,16 @@ def test_the_gpu_s_training_and_generation_run_small(tmp_path: Path) -> None:
     found = json.loads(out.read_text())["sections"]
     training, generation = found["training"], found["generation"]
     assert training["demo"]["flop_per_second"] > 0 and training["demo"]["planned_gib"] > 0
-    assert min(training["frames_per_second_beside_transformers"]["ours"].values()) > 0
+    peer = training["frames_per_second_beside_transformers"]
+    assert min(peer["ours"].values()) > 0 and ("ours, a cast per part" in peer) == ("bf16" in peer["ours"])
     assert generation["graphs_equal_plain_steps"] is True
     for case in ("demo, bf16, 1 clip", "demo, int8, 1 clip", "demo, bf16, 3 clips"):
         assert generation[case]["steps_per_second"] > 0 and generation[case]["share_of_floor"] > 0
+
+
+def test_sizes_that_there_are_not_are_refused() -> None:
+    with pytest.raises(SettingsError, match="sizes names '2b'; allowed: 300m"):
+        gpu.main(["--sizes", "300m,2b", "--device", "cpu"])
 
 
 def test_without_cuda_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
