@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 
 class WorkingCopies:
-    """Copies of all matrices of some modules in a type of few bits.
+    """Copies of the matrices of some modules in a type of few bits.
 
     Only for models whose matrices are used in `F.linear` alone, under autocast to that type, and whose gradients
-    nobody else waits for: those of a pass over the copies never reach the hooks of DDP or FSDP.
+    nobody else waits for: those of a pass over the copies never reach the hooks of DDP or FSDP. An adapter's own small
+    matrices are left out: peft takes its input, and a dropout on it, to their type.
 
     Args:
         modules: whose parameters of two dimensions are copied; frozen ones too, which have no gradient.
@@ -27,20 +28,20 @@ class WorkingCopies:
 
     def __init__(self, modules: Iterable[nn.Module], dtype: torch.dtype) -> None:
         self._places: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
-        for module in (child for root in modules for child in root.modules()):
+        for path, module in (named for root in modules for named in root.named_modules()):
             for name, weight in module.named_parameters(recurse=False):
-                if weight.ndim == 2:
-                    copy = nn.Parameter(weight.detach().to(dtype), requires_grad=weight.requires_grad)
+                if weight.ndim == 2 and "lora_" not in path:
+                    copy = nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=weight.requires_grad)
                     if weight.requires_grad:
                         copy.register_post_accumulate_grad_hook(_adder(weight))
                     self._places.append((module, name, weight, copy))
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the weights as they are now; frozen ones stay."""
-        moving = [(copy, weight) for _, _, weight, copy in self._places if weight.requires_grad]
-        if moving:
-            torch._foreach_copy_([copy for copy, _ in moving], [weight for _, weight in moving])
+        """Copy the weights as they are now."""
+        for _, _, weight, copy in self._places:
+            copy.untyped_storage().resize_(copy.numel() * copy.element_size())
+            copy.copy_(weight)
 
     def put_in(self) -> None:
         """Let the modules compute with the copies, forward and backward."""
@@ -51,6 +52,11 @@ class WorkingCopies:
         """Give the modules their own weights back; those have the gradients then."""
         for module, name, weight, _ in self._places:
             module._parameters[name] = weight
+
+    def free(self) -> None:
+        """Give the memory of the copies back, until they are made again."""
+        for _, _, _, copy in self._places:
+            copy.untyped_storage().resize_(0)
 
 
 def _adder(weight: nn.Parameter) -> Callable[[Tensor], None]:

@@ -156,8 +156,10 @@ class MusicLMModule(pl.LightningModule):
         if self.copies is not None:
             if first:
                 self.copies.refresh()
-            if not last or self.trainer.world_size == 1:  # DDP sums the gradients of the last part, and sees no copy's
+            if not last or self.trainer.world_size == 1:
                 self.copies.put_in()
+            else:  # DDP sums the gradients of this part, and sees those of no copy
+                self.copies.free()
         sums, counts = self.score(batch)
         if first:
             self.sums.zero_()
@@ -226,11 +228,21 @@ class MusicLMModule(pl.LightningModule):
         self.used_learning_rate = self.learning_rate
         super().optimizer_step(*args, **kwargs)
         # Lightning drops gradients only after the next forward pass, whose activations would lie beside the old ones.
-        self.trainer.optimizers[0].zero_grad(set_to_none=True)
+        # DDP's are views of its buckets, which stay: dropped, those of the next parts would lie beside them.
+        self.trainer.optimizers[0].zero_grad(set_to_none=not self._has_buckets)
         self.progress.step += 1
         if self.progress.step % self.optim_config.ema_every == 0:
             self.ema.update(self.lm)
+        elif not self.ema.count:
+            self.ema.follow(self.lm)
         self.phases.mark("optimizer")
+
+    def optimizer_zero_grad(self, *_: Any) -> None:
+        """Nothing: `optimizer_step` has done it."""
+
+    @property
+    def _has_buckets(self) -> bool:
+        return isinstance(self.trainer.strategy, pl.strategies.DDPStrategy)
 
     def step_metrics(self) -> dict[str, float]:
         """Losses of the last step over the global batch, learning rate and gradient norm."""

@@ -140,7 +140,16 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         """Move the average towards the model's weights."""
         self.count = self.decay * self.count + 1
-        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in trained(model).values()], 1 / self.count)
+        self._move(model, 1 / self.count)
+
+    def _move(self, model: nn.Module, share: float) -> None:
+        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in trained(model).values()], share)
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module) -> None:
+        """Be the model's weights as long as there is no average, so that a run of few steps gives away what it learned;
+        the first update takes the model's weights anyway."""
+        self._move(model, 1.0)
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:

@@ -116,8 +116,12 @@ class _Rehearsal:
         """
         with watched or nullcontext():
             for part in range(min(self.plan.accumulate, 2)):  # from the second part on memory is the same
-                if self.copies is not None and (part == 0 or self.plan.ranks == 1):
-                    self.copies.put_in()
+                if self.copies is not None:
+                    self.copies.refresh()
+                    if part == 0 or self.plan.ranks == 1:
+                        self.copies.put_in()
+                    else:
+                        self.copies.free()
                 self._part()
                 if self.copies is not None:
                     self.copies.put_back()

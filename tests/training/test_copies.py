@@ -62,7 +62,7 @@ def test_the_numbers_are_those_of_a_cast_in_every_part(data: str, tmp_path: Path
 
 def test_an_adapter_too(data: str, tmp_path: Path) -> None:
     trained(data, tmp_path / "base")
-    adapter = ["--init", str(tmp_path / "base" / "release"), "--lora.rank", "4"]
+    adapter = ["--init", str(tmp_path / "base" / "release"), "--lora.rank", "4", "--lora.dropout", "0.2"]
     with mock.patch.object(WorkingCopies, "put_in", lambda copies: None):
         each = trained(data, tmp_path / "each", *adapter)
     once = trained(data, tmp_path / "once", *adapter)

@@ -54,6 +54,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_run_without_an_average_yet_gives_away_what_it_learned(place: Path) -> None:
+    """Three steps, and the average's first one is the tenth: not the model it began with."""
+    short = ["--steps", "3", "--optim.ema_every", "10", "--log.valid_every", "3", "--log.state_every", "3"]
+    go(place, "short", "--init", str(place / "base" / "release"), *short)
+    held = tensors(place / "short", 3)
+    lm, info = weights.load_release(place / "short" / "release")
+    before, _ = weights.load_release(place / "base" / "release")
+    name = "transformer.layers.1.linear1.weight"
+    assert info["training"]["step"] == 3 and torch.equal(held[f"ema/{name}"], held[f"model/{name}"])
+    assert torch.equal(lm.state_dict()[name], held[f"model/{name}"].half().float())
+    assert not torch.equal(lm.state_dict()[name], before.state_dict()[name])
+
+
 def test_only_the_adapter_is_trained_kept_and_released(place: Path) -> None:
     held = tensors(place / "whole", 12)
     assert held and all(".lora_" in name for name in held)

@@ -61,6 +61,30 @@ def test_no_gradient_outlasts_its_step(shards: ShardSet, encoder: TextEncoder, m
     assert not any(torch.equal(p, old) for p, old in zip(module.parameters(), before) if p.ndim > 1)
 
 
+def test_gradients_of_copies_stay_in_the_buckets_of_ddp(
+    shards: ShardSet, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second step on, also those of the parts before the last: elsewhere they would be there twice."""
+    module = module_of(encoder)
+    places, score = [], module.score
+
+    def watched(batch: data.Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        places.append({p.grad.untyped_storage().data_ptr() for p in module.parameters() if p.grad is not None})
+        return score(batch)
+
+    monkeypatch.setattr(module, "score", watched)
+    run = TrainConfig(lm=SHAPE, batch=BATCH, hardware=HARDWARE, steps=3)
+    plan = replace(
+        budget.choose(task_of(run), devices.device_here(1, False), 1, **layout_settings(run)), strategy="ddp"
+    )
+    trainer = strategy.build_trainer(HARDWARE, plan, steps=3, callbacks=[], launched=launch.here())
+    try:
+        trainer.fit(module, train_dataloaders=data.training_loader(data.Stream(shards, BATCH, seed=1)))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not places[0] and len(places[2]) == 1 and places[2] == places[3] == places[4] == places[5]
+
+
 @pytest.mark.parametrize("melody", [False, True])
 def test_captions_of_one_bucket_take_one_graph(shards: ShardSet, encoder: TextEncoder, melody: bool) -> None:
     """And the loss is that of the plain way, where the text is heard by cross-attention or stands in the prefix."""
