@@ -10,11 +10,13 @@ Model FLOP are counted by one rule, `FLOP_RULE`, printed beside every share of t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from musicgen import patterns
+from musicgen.adapters import AdapterConfig, num_parameters
 from musicgen.config import LMConfig
 from musicgen.errors import UserError
 from training import loss
@@ -79,7 +81,15 @@ def common_flop(lm: LMConfig, frames: int) -> float:
     return s * (6.0 * lm.num_parameters() + 12.0 * lm.num_layers * lm.dim * s)
 
 
-def layer_activations(lm: LMConfig, frames: int, *, bf16: bool, cpu: bool, checkpointing: Checkpointing) -> float:
+def layer_activations(
+    lm: LMConfig,
+    frames: int,
+    *,
+    bf16: bool,
+    cpu: bool,
+    checkpointing: Checkpointing,
+    lora: AdapterConfig = AdapterConfig(),
+) -> float:
     """Bytes that one layer keeps of one clip for the backward pass.
 
     The residual stream and what the norms keep of it are float32; inputs of matrix products are bf16 under autocast.
@@ -93,11 +103,27 @@ def layer_activations(lm: LMConfig, frames: int, *, bf16: bool, cpu: bool, check
     if checkpointing == "full":
         return 4.0 * s * d
     if checkpointing == "selective":
-        return s * d * (4.0 + low * (3 + 1 + 1 + cross * 3 + f + 1))
+        return s * d * (4.0 + low * (3 + 1 + 1 + cross * 3 + f + 1)) + s * _adapter_keeps(lm, low, lora, outputs=True)
     kept = s * d * (4.0 * (2 + cross) + low * (1 + 3 + 1 + cross * 3 + 1 + 2 * f))
     if cpu and bf16:  # attention is written out there (musicgen.transformer.attend): its weights are kept
         kept += 2.0 * lm.num_heads * s * (s + cross * TEXT_TOKENS)
+    kept += s * _adapter_keeps(lm, low, lora)
+    if lora.rank and lora.dropout:  # a mask of what each layer's adapter hears; a GPU's is of bytes
+        kept += s * d * (4.0 if cpu else 1.0) * (5 + cross * 2 + f)
     return kept
+
+
+def _adapter_keeps(lm: LMConfig, low: int, lora: AdapterConfig, *, outputs: bool = False) -> float:
+    """Bytes per position that an adapter adds to a layer: what lies between its factors, and its inputs, of which
+    queries, keys and values each take one and both attentions' projections one more, where casts or dropout part them
+    from the layer's; with `outputs` those of its second factors in their place."""
+    if not lora.rank:
+        return 0.0
+    cross, d = 1 if lm.cross_attention else 0, lm.dim
+    between = (6 + cross * 2) * lora.rank
+    if outputs:
+        return float(low * (between + d * (5 + cross * 2 + lm.ffn_mult)))
+    return float(low * (between + d * (3 + cross) * (low == 2 or lora.dropout > 0)))
 
 
 @dataclass(frozen=True)
@@ -112,7 +138,7 @@ class Task:
         bf16: autocast, else float32.
         moments: float32 numbers per parameter that the optimiser keeps.
         crop_seconds: length of a crop, for the words.
-        adapter: parameters of an adapter, which alone are trained; 0 trains the model.
+        lora: of an adapter, which alone is trained.
     """
 
     lm: LMConfig
@@ -122,7 +148,12 @@ class Task:
     bf16: bool = True
     moments: int = 2
     crop_seconds: float = 30.0
-    adapter: int = 0
+    lora: AdapterConfig = AdapterConfig()
+
+    @property
+    def adapter(self) -> int:
+        """Parameters of the adapter; 0 where the model is trained."""
+        return num_parameters(self.lm, self.lora.rank)
 
     @property
     def trained(self) -> int:
@@ -256,9 +287,9 @@ def memory_by_part(
     n, moving = lm.num_parameters(), task.trained
     layers = n - 2 * lm.num_codebooks * lm.codebook_size * lm.dim
     block, s = layers / lm.num_layers, positions(lm, task.frames)
-    layer = micro * layer_activations(lm, task.frames, bf16=task.bf16, cpu=device.is_cpu, checkpointing="none")
-    kept = layer_activations(lm, task.frames, bf16=task.bf16, cpu=device.is_cpu, checkpointing=checkpointing)
-    kept *= micro * lm.num_layers
+    of_layer = functools.partial(layer_activations, lm, task.frames, bf16=task.bf16, cpu=device.is_cpu, lora=task.lora)
+    layer = micro * of_layer(checkpointing="none")
+    kept = micro * lm.num_layers * of_layer(checkpointing=checkpointing)
     if not lm.cross_attention:  # the text in the prefix asks for a mask, one for all layers
         kept += micro * low * (s + prefix(lm)) ** 2
     heads = lm.num_codebooks * (micro * s * lm.dim * (low + 4) + 4.0 * lm.codebook_size * lm.dim)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from musicgen import settings
-from musicgen.adapters import AdapterConfig, num_parameters
+from musicgen.adapters import AdapterConfig
 from musicgen.config import SIZES, LMConfig, size
 from musicgen.errors import UserError
 from musicgen.settings import SettingsError
@@ -153,7 +153,7 @@ def task_of(config: TrainConfig, frame_rate: float = 50.0) -> budget.Task:
         bf16=config.hardware.number_format == "bf16",
         moments=MOMENTS[config.optim.name],
         crop_seconds=config.batch.crop_seconds,
-        adapter=num_parameters(config.lm, config.lora.rank),
+        lora=config.lora,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from musicgen.adapters import num_parameters
+from musicgen.adapters import AdapterConfig
 from musicgen.config import SIZES
 from musicgen.errors import UserError
 from training import budget
@@ -82,7 +82,7 @@ def _elsewhere(plan: Plan, asked: dict[str, Any]) -> list[str]:
         hints.append("shorter crops (--batch.crop_seconds)")
     if task.moments > 2 and _tried(replace(task, moments=2), device, ranks, nodes, asked):
         hints.append("--optim.name adamw")
-    adapter = replace(task, adapter=num_parameters(task.lm, ADAPTER))
+    adapter = replace(task, lora=AdapterConfig(rank=ADAPTER))
     if not task.adapter and _tried(adapter, device, ranks, nodes, asked):
         hints.append(f"an adapter (LORA={ADAPTER} with INIT=)")
     return hints

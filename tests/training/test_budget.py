@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from musicgen import transformer
+from musicgen import adapters, transformer
+from musicgen.adapters import AdapterConfig
 from musicgen.config import LMConfig, size
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
@@ -48,9 +49,10 @@ def test_flop_are_what_torch_counts() -> None:
     assert counted.get_total_flops() == sum(parts.values()) + parts["self-attention"] + projection
 
 
-def kept_bytes(config: LMConfig, frames: int, bf16: bool) -> int:
+def kept_bytes(config: LMConfig, frames: int, bf16: bool, lora: AdapterConfig) -> int:
     """Bytes that one block keeps of one clip for the backward pass, by torch's own account."""
-    block = transformer.Transformer(config).layers[0]
+    lm = MusicLM(config)
+    block = (adapters.attach(lm, lora) if lora.rank else lm).transformer.layers[0]
     s = budget.positions(config, frames)
     x, text = torch.randn(1, s, config.dim), torch.randn(1, budget.TEXT_TOKENS, config.dim)
     mask = torch.ones(1, budget.TEXT_TOKENS, dtype=torch.bool)
@@ -73,15 +75,21 @@ def kept_bytes(config: LMConfig, frames: int, bf16: bool) -> int:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_activations_are_what_autograd_keeps(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As on a GPU: torch's fused attention in both types.
+@pytest.mark.parametrize("lora", [AdapterConfig(), AdapterConfig(16), AdapterConfig(32, dropout=0.1)])
+def test_activations_are_what_autograd_keeps(bf16: bool, lora: AdapterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Torch's fused attention in both types, as on a GPU, whose dropout keeps a smaller mask.
     sdpa = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
         transformer, "attend", lambda q, k, v, mask=None: sdpa(q, k, v, attn_mask=mask, is_causal=mask is None)
     )
     config = LMConfig(dim=128, num_layers=1, num_heads=2)
-    expected = budget.layer_activations(config, 800, bf16=bf16, cpu=False, checkpointing="none")
-    assert kept_bytes(config, 800, bf16) == pytest.approx(expected, rel=0.1)
+    expected = budget.layer_activations(config, 800, bf16=bf16, cpu=False, checkpointing="none", lora=lora)
+    if lora.dropout:
+        masks = budget.positions(config, 800) * config.dim * (7 + config.ffn_mult)
+        expected += 3 * masks
+        on_cpu = budget.layer_activations(config, 800, bf16=False, cpu=True, checkpointing="none", lora=lora)
+        assert bf16 or on_cpu == expected
+    assert kept_bytes(config, 800, bf16, lora) == pytest.approx(expected, rel=0.03)
 
 
 def test_memory_of_the_state() -> None:
@@ -161,7 +169,7 @@ def test_recomputing_counts_in_time_not_in_flop() -> None:
     plans = [choose(task(), DEVICES["h200"], 8, checkpointing=kind) for kind in ("none", "full")]  # type: ignore[arg-type]
     assert plans[0].step_flop == plans[1].step_flop
     assert plans[1].compute_seconds(1e14) == pytest.approx(4 / 3 * plans[0].compute_seconds(1e14))
-    adapter = choose(task(adapter=10**7), DEVICES["h200"], 8, checkpointing="full")
+    adapter = choose(task(lora=AdapterConfig(rank=8)), DEVICES["h200"], 8, checkpointing="full")
     assert adapter.recompute_share == 1 / 2  # of two passes' FLOP
     tight = choose(task("1.5b"), dataclasses.replace(DEVICES["h100-80"], memory=49e9), 1)
     assert re.fullmatch(r"with(out it| less of it) [\d.]+ GiB would be needed", tight.why_recomputed)

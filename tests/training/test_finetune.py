@@ -214,7 +214,7 @@ def test_the_plan_counts_what_is_trained() -> None:
     argv = ["--size", "3.3b", "--init", "x"]
     adapter = task_of(read_config([*argv, "--lora.rank", "16"], folders=False))
     adapter = dataclasses.replace(adapter, bf16=True)
-    whole = dataclasses.replace(adapter, adapter=0)
+    whole = dataclasses.replace(adapter, lora=adapters.AdapterConfig())
     chosen = budget.choose(adapter, device, 1)
     assert adapter.adapter == adapters.num_parameters(adapter.lm, 16) < 0.02 * whole.trained
     assert chosen.fits and not budget.choose(whole, device, 1).fits  # on one consumer GPU

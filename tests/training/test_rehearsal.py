@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from musicgen import patterns
+from musicgen.adapters import AdapterConfig
 from musicgen.config import LMConfig, size
 from musicgen.errors import UserError
 from training import forecast, rehearsal
@@ -94,7 +95,7 @@ def test_what_is_not_rehearsed() -> None:
     cpu = dataclasses.replace(DEVICES["h200"], name="cpu")
     for plan in (
         choose(task, cpu, 1),
-        choose(dataclasses.replace(task, adapter=1000), DEVICES["h200"], 1),
+        choose(dataclasses.replace(task, lora=AdapterConfig(rank=4)), DEVICES["h200"], 1),
         choose(dataclasses.replace(task, moments=4), DEVICES["h200"], 1),
     ):
         with pytest.raises(UserError, match="only plans of whole models on GPUs"):
