@@ -22,6 +22,7 @@ from musicgen.errors import UserError
 from training import loss
 from training.devices import GIB, Device, expected_mfu
 
+WHOLE = AdapterConfig()  # no adapter: the whole model is trained
 FLOP_RULE = "3 x forward; matrix products of layers and heads, causal half of attention, no recompute, no text encoder"
 TEXT_TOKENS = 32  # of a caption, where none is at hand to count
 TRAFFIC_SHOWS = 1 / 3  # of computing: from here on that layout is preferred which talks least
@@ -88,7 +89,7 @@ def layer_activations(
     bf16: bool,
     cpu: bool,
     checkpointing: Checkpointing,
-    lora: AdapterConfig = AdapterConfig(),
+    lora: AdapterConfig = WHOLE,
 ) -> float:
     """Bytes that one layer keeps of one clip for the backward pass.
 
@@ -148,7 +149,7 @@ class Task:
     bf16: bool = True
     moments: int = 2
     crop_seconds: float = 30.0
-    lora: AdapterConfig = AdapterConfig()
+    lora: AdapterConfig = WHOLE
 
     @property
     def adapter(self) -> int:

@@ -388,7 +388,8 @@ def check(
     """Refuse a data set that this model or these settings cannot train on.
 
     Raises:
-        UserError: other codebooks than the model's, no training tracks, a batch that does not divide.
+        UserError: other codebooks than the model's, no training tracks (in one of the sets of a mixture), a batch that
+            does not divide.
     """
     codec = shards.info["codec"]
     if (codec["num_codebooks"], codec["codebook_size"]) != (num_codebooks, codebook_size):
@@ -397,11 +398,20 @@ def check(
             f"{codec['codebook_size']} codes; the model expects {num_codebooks} of {codebook_size}. "
             "Ingest with the codec that belongs to the model, or set --lm.num_codebooks and --lm.codebook_size"
         )
-    if len(tracks_of(shards, "train")) == 0:
+    tracks = tracks_of(shards, "train")
+    if len(tracks) == 0:
         raise UserError(
             f"DATA={str(shards.root)!r} holds no training tracks ({len(shards)} tracks in all); "
             "ingest more tracks: splits are decided by hash of artist and work"
         )
+    if isinstance(shards, Sources) and tracks.source is not None:
+        counts = np.bincount(tracks.source, minlength=len(shards.sets))
+        empty = [str(one.root) for one, count in zip(shards.sets, counts) if not count]
+        if empty:
+            raise UserError(
+                f"DATA mixes sets, of which {', '.join(map(repr, empty))} has no training tracks (or --select leaves "
+                "none of it), so that it cannot have its share; leave it out of DATA, or ingest more tracks"
+            )
     parts = world * max(config.accumulate, 1)
     if config.size % parts:
         near = sorted({max(config.size // parts, 1) * parts, (config.size // parts + 1) * parts})

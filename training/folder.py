@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 _held: dict[Path, Any] = {}
+_LOCKED = (errno.EACCES, errno.EAGAIN)  # another process has it
 
 
 def hold(folder: Path) -> None:
@@ -238,9 +240,15 @@ def hold(folder: Path) -> None:
     except OSError as error:
         raise UserError(f"RUN={str(folder)!r} cannot be written: {error.strerror or error}") from error
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _LOCKED:
+                raise
+            time.sleep(0.2)  # it may be `is_held` that looks
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
+        if error.errno not in _LOCKED:
             return  # a file system without locks
         file.seek(0)
         raise UserError(
@@ -254,15 +262,46 @@ def hold(folder: Path) -> None:
         file.flush()
 
 
+def is_held(folder: Path) -> bool | None:
+    """Whether a process on this machine trains in a run's folder; None where that cannot be told."""
+    path = folder.resolve() / ".lock"
+    if path in _held:  # a second file on it, closed, would let go of the first one's lock
+        return True
+    try:
+        file = path.open("r+")
+    except OSError:
+        return None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return True if error.errno in _LOCKED else None
+    return False
+
+
 def make_run(run: str, wanted: dict[str, Any]) -> str:
-    """Make the run's folder with its config.yaml; returns the new W&B id."""
+    """Make the run's folder with its config.yaml; returns the new W&B id.
+
+    Raises:
+        UserError: another start has made it in the meantime, or the disk does not take it.
+    """
     folder, run_id = Path(run), record.new_run_id()
     document = {**wanted, "wandb_run_id": run_id, "made_by": about.software()}
-    temporary = folder.with_name(f".{folder.name}.config.tmp")
+    temporary = folder.with_name(f".{folder.name}.config.{os.getpid()}.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         state.write_synced(temporary, yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode())
-        os.replace(temporary, folder / "config.yaml")
+        try:
+            os.link(temporary, folder / "config.yaml")  # fails where there is one, which a replacement would not
+            temporary.unlink()
+        except FileExistsError:
+            temporary.unlink()
+            raise UserError(
+                f"RUN={run!r} was begun by another process while this one started; give another RUN, or run the same "
+                "command again once that one has ended"
+            ) from None
+        except OSError:  # a file system without links
+            os.replace(temporary, folder / "config.yaml")
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -99,10 +99,14 @@ def _is_event(line: Mapping[str, Any]) -> bool:
     return shape is not None and all(type(line.get(name)) is kind for name, kind in shape.items())
 
 
-def state_of(events: Sequence[Mapping[str, Any]]) -> str:
+def state_of(events: Sequence[Mapping[str, Any]], *, held: bool | None = None) -> str:
     """How a run stands: as its last end says (see `ended`), else running or killed.
 
     It is unknown for a run without events, or on another machine.
+
+    Args:
+        held: whether a process keeps the run's folder (`folder.is_held`), since the number of one that was killed may
+            be another's by now; None where that cannot be told.
     """
     if not events:
         return "unknown"
@@ -111,7 +115,7 @@ def state_of(events: Sequence[Mapping[str, Any]]) -> str:
         return str(last["how"])
     if last["host"] != platform.node():
         return "unknown"
-    return "running" if _lives(int(last["pid"])) else "killed"
+    return "running" if held is not False and _lives(int(last["pid"])) else "killed"
 
 
 def _lives(pid: int) -> bool:

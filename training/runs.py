@@ -53,7 +53,7 @@ class Run:
     @property
     def state(self) -> str:
         """One word; see `training.lineage.state_of`. A folder whose config.yaml is damaged is `odd`."""
-        return lineage.state_of(self.events) if self.config else "odd"
+        return lineage.state_of(self.events, held=run_folder.is_held(self.folder)) if self.config else "odd"
 
     @property
     def settings(self) -> dict[str, Any]:

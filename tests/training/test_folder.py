@@ -115,11 +115,33 @@ def test_a_folder_or_a_pipe_for_a_config_is_damage(run: Path) -> None:
 
 def test_config_is_on_the_disk_before_it_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
-    for name in ("fsync", "replace"):
+    for name in ("fsync", "link"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *given, real=real, name=name: (done.append(name), real(*given))[1])
     folder.make_run(str(tmp_path / "run"), IDENTITY)
-    assert done == ["fsync", "replace"] and [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert done == ["fsync", "link"] and [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_of_two_starts_of_a_new_run_the_second_changes_nothing(tmp_path: Path) -> None:
+    """Both found no run; the first one has made it since, and trains."""
+    run = str(tmp_path / "run")
+    run_id = folder.make_run(run, wanted(seed=1))
+    with pytest.raises(UserError, match="was begun by another process while this one started"):
+        folder.make_run(run, wanted(seed=2))
+    kept = folder.stored_config(Path(run))
+    assert kept is not None and kept["wandb_run_id"] == run_id and kept["settings"]["seed"] == 1
+    assert [p.name for p in tmp_path.rglob("*")] == ["run", "config.yaml"]
+
+
+def test_without_links_a_run_is_made_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    run_id = folder.make_run(str(tmp_path / "run"), IDENTITY)
+    kept = folder.stored_config(tmp_path / "run")
+    assert kept is not None and kept["wandb_run_id"] == run_id
+    assert [p.name for p in tmp_path.rglob("*")] == ["run", "config.yaml"]
 
 
 def test_a_run_follows_its_codec_and_keeps_the_rest(run: Path) -> None:

@@ -55,6 +55,14 @@ def test_a_mixture_draws_by_its_shares(two: tuple[Path, Path], sample_by: str) -
     assert mixed.meta(item.row) == single.meta(item.row - 40)
 
 
+def test_a_set_without_training_tracks_can_have_no_share(two: tuple[Path, Path], tmp_path: Path) -> None:
+    held_out = with_hashes(write_dataset(tmp_path / "held-out", size=64, tracks=4, valid=4))
+    mixed = sources.open_data(f"{two[0]}:3,{held_out}:7")
+    with pytest.raises(UserError, match=r"of which '.*held-out' has no training tracks"):
+        data.check(mixed, BatchConfig(size=4), world=1, num_codebooks=4, codebook_size=64)
+    data.check(sources.open_data(f"{two[0]},{two[1]}"), BatchConfig(size=4), world=1, num_codebooks=4, codebook_size=64)
+
+
 def test_sampling_by_weight_and_by_duration(two: tuple[Path, Path]) -> None:
     frames = np.array([100, 300, 600])
     tracks = plan.Tracks(np.arange(3), frames, np.array([1.0, 1.0, 2.0]))

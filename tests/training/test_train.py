@@ -28,7 +28,7 @@ from tests.training import tiny_run, wandb_file
 from tests.training.small_run import SMALL, close, go, same, tensors
 from tests.training.synthetic import write_dataset
 from tests.training.tiny_run import curves as metrics
-from training import record, state, train
+from training import folder, record, state, train
 from training.config import read_config
 from training.data import unigram_loss
 from training.module import NonFiniteLoss
@@ -203,9 +203,12 @@ def test_two_trainings_of_one_run_are_refused(data: Path, tmp_path: Path) -> Non
             assert process.stdout.readline() == b"held\n"
             with pytest.raises(UserError, match=f"is being trained by process {process.pid} on"):
                 go(data, tmp_path / "other", "--stop_at", "3")
+            assert folder.is_held(tmp_path / "other") is True
         finally:
             process.kill()
-    go(data, tmp_path / "other", "--stop_at", "3")  # whoever died holds nothing
+    assert folder.is_held(tmp_path / "other") is False  # whoever died holds nothing
+    go(data, tmp_path / "other", "--stop_at", "3")
+    assert folder.is_held(tmp_path / "other") is True and folder.is_held(tmp_path / "nowhere") is None
 
 
 @pytest.mark.slow

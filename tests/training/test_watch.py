@@ -214,7 +214,8 @@ def test_a_running_run_is_told_from_a_killed_one() -> None:
     import platform
 
     start = {"event": "start", "host": platform.node(), "pid": os.getpid()}
-    assert lineage.state_of([start]) == "running"
+    assert lineage.state_of([start]) == lineage.state_of([start], held=True) == "running"
+    assert lineage.state_of([start], held=False) == "killed"  # its number is another process's by now
     assert lineage.state_of([start | {"host": "elsewhere"}]) == "unknown"
     assert lineage.state_of([start, {"event": "end", "how": "left"}]) == "left"
     assert lineage.state_of([]) == "unknown"
