@@ -77,7 +77,8 @@ def test_waiting_for_data_shows(data: Path, tmp_path: Path, monkeypatch: pytest.
     rows = [row for row in record.read_metrics(tmp_path / "run" / "metrics.jsonl") if "seconds/data" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
     for row in rows[1:4]:  # two batches a step, each waited for; towards the end they have been fetched ahead
-        assert 0.4 <= row["seconds/data"] < row["seconds/step"] and row["train/outside_model_share"] > 0.3
+        assert 0.4 <= row["seconds/data"] < row["seconds/step"]
+        assert row["train/outside_model_share"] > 0.9 * row["seconds/data"] / row["seconds/step"]
 
 
 def peak_gib() -> float:
