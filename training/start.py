@@ -133,6 +133,7 @@ def begin(config: TrainConfig, launched: Launched) -> Start:
         **({"origin": origin} if origin else {}),
     }
     run_id, step = folder_of.find_run(config.run, identity, folder_of.plain(settings.to_dict(TrainConfig())))
+    begun = run_id is not None
     codec = load_codec(shards, config.codec) if config.log.clips and is_zero else None
     # Where the model is sharded, rank 0 sends its weights; a state holds what is trained, so an adapter needs its base.
     takes = config.init and (base or not step) and (is_zero or plan.shards == 1)
@@ -143,7 +144,7 @@ def begin(config: TrainConfig, launched: Launched) -> Start:
     behind = before is not None and step > 0 and release.is_behind(before)
     unigram = data.unigram_loss(shards, config.batch).tolist()
     if is_zero:
-        print("\n".join(words.data_lines(config, encoder, shards, step, unigram)), flush=True)
+        print("\n".join(words.data_lines(config, encoder, shards, step, unigram, begun=begun)), flush=True)
     return Start(
         config=config,
         launched=launched,

@@ -27,14 +27,26 @@ def describe_data(shards: sources.Sources) -> str:
 
 
 def data_lines(
-    config: TrainConfig, encoder: TextEncoder, shards: sources.Sources, start: int, unigram: list[float]
+    config: TrainConfig,
+    encoder: TextEncoder,
+    shards: sources.Sources,
+    start: int,
+    unigram: list[float],
+    *,
+    begun: bool = False,
 ) -> list[str]:
-    """What follows the plan: the data, what is heard, the length of the run, what the losses are read against."""
+    """What follows the plan: the data, what is heard, the length of the run, what the losses are read against.
+
+    Args:
+        start: the step that the run goes on from.
+        begun: it has been started before.
+    """
+    again = ", from the first one again: the run has kept no state yet (log.state_every)" if begun else ""
     books, mixture = ", ".join(f"{h:.2f}" for h in unigram), sources.describe(shards)
     return [
         f"data      {describe_data(shards)}" + (f"; mixture {mixture}" if mixture else ""),
         f"hears     {controls.described(config.lm.condition, encoder)}",
-        f"steps     {config.steps}" + (f", going on from {start}" if start else ""),
+        f"steps     {config.steps}" + (f", going on from {start}" if start else again),
         f"unigram   {sum(unigram) / len(unigram):.3f} nats on the validation crops, mean of the codebooks [{books}]: "
         "the loss of a model that only knows how common each code is",
     ]

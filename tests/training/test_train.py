@@ -173,9 +173,14 @@ def test_parts_of_a_step_make_the_same_step(data: Path, tmp_path: Path) -> None:
     assert metrics(one)[-1]["valid/loss"] == pytest.approx(metrics(four)[-1]["valid/loss"], rel=1e-3)
 
 
-def test_a_run_may_leave_no_state(data: Path, tmp_path: Path) -> None:
+def test_a_run_may_leave_no_state_and_says_so_when_it_begins_again(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = go(data, tmp_path / "run", "--steps", "2", "--log.state_every", "0")
     assert not state.steps_in(run / "state") and (run / "release" / "model.safetensors").is_file()
+    assert "\nsteps     2\n" in capsys.readouterr().out
+    go(data, tmp_path / "run", "--steps", "2", "--log.state_every", "0")
+    assert "\nsteps     2, from the first one again: the run has kept no state yet" in capsys.readouterr().out
 
 
 def test_a_state_that_lost_a_file_or_a_part_of_one_is_refused(data: Path, tmp_path: Path) -> None:
