@@ -10,8 +10,10 @@ The conditioner is ours; the released MusicGen merges attributes into the text (
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,13 +21,13 @@ import numpy as np
 from musicgen.errors import UserError
 
 _ROOTS = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
-_FLATS = {"db": "c#", "eb": "d#", "gb": "f#", "ab": "g#", "bb": "a#"}
 KEYS = tuple(f"{root} {mode}" for mode in ("major", "minor") for root in _ROOTS)
+_KEY = re.compile(r"([A-G])([#♯]|[B♭]|[ -]?SHARP|[ -]?FLAT)?[ -]?(MAJOR|MAJ|MINOR|MIN|(?-i:m))?", re.IGNORECASE)
 _STANDARD: dict[str, dict[str, Any]] = {
     "mood": {"field": "moods"},
     "instrument": {"field": "instruments"},
     "tempo": {"field": "bpm", "low": 40.0, "high": 240.0, "bins": 51},
-    "key": {"values": KEYS},
+    "key": {"field": "key_signature", "values": KEYS},
 }
 
 
@@ -35,7 +37,7 @@ class AttributeConfig:
 
     Args:
         name: what the user types.
-        field: column of a track's record that holds it; the name itself when left out.
+        field: column of a track's record that holds it; when left out, the one that fits the name, or the name itself.
         values: the labels it can have; when left out, training takes those of its tracks.
         low, high, bins: a number instead, from low to high, with so many rows between which it lies.
         dropout: probability per item of training without it.
@@ -50,10 +52,10 @@ class AttributeConfig:
     dropout: float = 0.5
 
     def __post_init__(self) -> None:
-        if not self.field:
-            for key, value in {"field": self.name, **_STANDARD.get(self.name, {})}.items():
-                if not getattr(self, key):
-                    object.__setattr__(self, key, value)
+        standard = {"field": self.name, **_STANDARD.get(self.name, {})}
+        for key in ("field",) if self.values else tuple(standard):
+            if not getattr(self, key):
+                object.__setattr__(self, key, standard[key])
         object.__setattr__(self, "values", tuple(str(v) for v in self.values))
         if not 0.0 <= self.dropout <= 1.0:
             raise ValueError(f"the dropout of attribute {self.name!r} is {self.dropout}; it must be in [0, 1]")
@@ -65,8 +67,16 @@ class AttributeConfig:
         """Rows of its table."""
         return self.bins or len(self.values)
 
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        """The row of each label as it is compared, and of each key by its name in `KEYS`."""
+        keys = {key: i for i, value in enumerate(self.values) if (key := _key(value))}
+        return {**keys, **{_plain(value): i for i, value in enumerate(self.values)}}
+
     def weights(self, value: Any) -> np.ndarray:
         """Share `[size]` of each row in a value: a label, several in a list or with commas between, or a number.
+
+        A text that is a label as it stands, such as "Folk, World, & Country", is that label.
 
         Raises:
             UserError: an unknown label, with the nearest known one; what is not a number; a number out of range.
@@ -77,16 +87,17 @@ class AttributeConfig:
             below = min(int(place), self.bins - 2)
             out[below], out[below + 1] = below + 1 - place, place - below
             return out
-        known = {_plain(v): i for i, v in enumerate(self.values)}
-        labels = [v for v in (value.split(",") if isinstance(value, str) else value) if str(v).strip()]
+        given = [value] if isinstance(value, str) and _plain(value) in self._rows else value
+        labels = [v for v in (given.split(",") if isinstance(given, str) else given) if str(v).strip()]
         for label in labels:
-            if _plain(label) not in known:
-                near = difflib.get_close_matches(_plain(label), list(known), n=1, cutoff=0.0)
-                hint = f"; did you mean {self.values[known[near[0]]]!r}?" if near else ""
+            row = self._rows.get(_plain(label), self._rows.get(_key(label) or str(label)))
+            if row is None:
+                near = difflib.get_close_matches(_plain(label), [_plain(v) for v in self.values], n=1, cutoff=0.0)
+                hint = f"; did you mean {self.values[self._rows[near[0]]]!r}?" if near else ""
                 raise UserError(
                     f"attribute {self.name!r} has no value {str(label).strip()!r}{hint} Known: {', '.join(self.values)}"
                 )
-            out[known[_plain(label)]] += 1.0 / len(labels)
+            out[row] += 1.0 / len(labels)
         return out
 
     def _number(self, value: Any) -> float:
@@ -100,9 +111,21 @@ class AttributeConfig:
 
 
 def _plain(label: Any) -> str:
-    """A label as it is compared: case and blanks do not matter, flats are sharps."""
-    words = str(label).casefold().split()
-    return " ".join([_FLATS.get(words[0], words[0]), *words[1:]]) if words else ""
+    """A label as it is compared: case and blanks do not matter."""
+    return " ".join(str(label).casefold().split())
+
+
+def _key(label: Any) -> str | None:
+    """A key by its name in `KEYS`, such as A# minor for Bbm, B♭ min or B-flat minor; None for what is no key.
+
+    A capital letter alone is the major key; a small one is that to some and the minor key to others, so it is none.
+    """
+    found = _KEY.fullmatch(" ".join(str(label).split()))
+    if found is None or not (found[3] or found[1].isupper()):
+        return None
+    step = {"": 0, "#": 1, "♯": 1, "sharp": 1}.get((found[2] or "").strip(" -").casefold(), -1)
+    mode = "minor" if (found[3] or "").casefold() in ("m", "min", "minor") else "major"
+    return f"{_ROOTS[(_ROOTS.index(found[1].upper()) + step) % 12]} {mode}"
 
 
 def size(attributes: Sequence[AttributeConfig]) -> int:
@@ -145,6 +168,16 @@ def of_record(attributes: Sequence[AttributeConfig], record: Mapping[str, Any], 
     return weights(attributes, given)
 
 
+def unheard(attributes: Sequence[AttributeConfig], records: Iterable[Mapping[str, Any]]) -> list[AttributeConfig]:
+    """The attributes of which no record has a value that they know; reads as few records as it takes."""
+    left = list(attributes)
+    for record in records:
+        left = [a for a in left if not of_record([a], record, [True]).any()]
+        if not left:
+            break
+    return left
+
+
 def kept(attributes: Sequence[AttributeConfig], seed: Sequence[int]) -> list[bool]:
     """Which attributes a training item keeps: each dropped on its own, addressed by `seed`."""
     draws = np.random.default_rng(tuple(seed)).random(len(attributes))
@@ -165,7 +198,7 @@ def learned(attributes: Sequence[AttributeConfig], records: Iterable[Mapping[str
             for record in records:
                 value = record.get(attribute.field)
                 for label in [value] if isinstance(value, str) else value or []:
-                    found.setdefault(_plain(label), str(label).strip())
+                    found.setdefault(_plain(_key(label) or label), str(label).strip())
             if not found:
                 raise UserError(
                     f"attribute {attribute.name!r} is in no track of the data (column {attribute.field!r}); name its "

@@ -368,7 +368,7 @@ def initial_state(
                 f"{info[part]['identity'][:12]}…), this run has {here['name']!r} (identity {here['identity'][:12]}…), "
                 "whose numbers mean other things; use the one of the release"
             )
-    had, given = (_flat(settings.to_dict(c)) for c in (there, wanted))
+    had, given = (_flat(settings.to_dict(_alike(c))) for c in (there, wanted))
     # Without weights; see the identities.
     free: tuple[str, ...] = ("dropout", "tail", "condition.text_encoder", "condition.null")
     if not there.condition.style.dim:  # what a model hears beside text can be added to it
@@ -381,6 +381,12 @@ def initial_state(
             f"INIT={name!r} is a model of another shape:\n  " + "\n  ".join(other) + "\nGive its SIZE and shape"
         )
     return stereo.widen(loaded.state_dict()) if wider else loaded.state_dict()
+
+
+def _alike(lm: config.LMConfig) -> config.LMConfig:
+    """The model without what only says how its attributes are trained: their column, how often they are dropped."""
+    attributes = tuple(replace(a, field="", dropout=0.0) for a in lm.condition.attributes)
+    return replace(lm, condition=replace(lm.condition, attributes=attributes))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

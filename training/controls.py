@@ -9,7 +9,8 @@ cannot tell the very codes that are asked for; a track too short for that trains
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,10 +35,24 @@ def with_labels(lm: LMConfig, shards: ShardSet | Sources, rows: np.ndarray) -> L
     """The model's settings with the labels that the tracks `rows` have, where its attributes name none."""
     if all(a.size for a in lm.condition.attributes):
         return lm
+    found = named.learned(lm.condition.attributes, _records(shards, rows))
+    return dataclasses.replace(lm, condition=dataclasses.replace(lm.condition, attributes=found))
+
+
+def untrained(condition: ConditionConfig, shards: ShardSet | Sources, rows: np.ndarray) -> list[str]:
+    """A warning for each attribute of which no track of `rows` has a value that it knows."""
+    return [
+        f"warning   attribute {a.name!r} stays untrained: no training track has a value of it in column {a.field!r} "
+        f"({'known: ' + ', '.join(a.values[:8]) if a.values else f'from {a.low:g} to {a.high:g}'}"
+        f"{' …' if len(a.values) > 8 else ''}); name its field or values in --lm.condition.attributes, or leave it out"
+        for a in named.unheard(condition.attributes, _records(shards, rows))
+    ]
+
+
+def _records(shards: ShardSet | Sources, rows: np.ndarray) -> Iterator[dict[str, Any]]:
     if len(rows) > LABEL_TRACKS:
         rows = rows[np.linspace(0, len(rows) - 1, LABEL_TRACKS).astype(int)]
-    found = named.learned(lm.condition.attributes, [shards.meta(int(row)) for row in rows])
-    return dataclasses.replace(lm, condition=dataclasses.replace(lm.condition, attributes=found))
+    return (shards.meta(int(row)) for row in rows)
 
 
 def with_latents(lm: LMConfig, latents: Latents | None) -> LMConfig:

@@ -46,6 +46,7 @@ def data_lines(
     return [
         f"data      {describe_data(shards)}" + (f"; mixture {mixture}" if mixture else ""),
         f"hears     {controls.described(config.lm.condition, encoder)}",
+        *controls.untrained(config.lm.condition, shards, tracks_of(shards, "train").rows),
         f"steps     {config.steps}" + (f", going on from {start}" if start else again),
         f"unigram   {sum(unigram) / len(unigram):.3f} nats on the validation crops, mean of the codebooks [{books}]: "
         "the loss of a model that only knows how common each code is",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -39,6 +40,34 @@ def test_labels_and_numbers() -> None:
     assert tempo.weights(240.0)[50] == 1 and tempo.weights(40)[0] == 1
     key = AttributeConfig("key")
     assert np.array_equal(key.weights("Bb major"), key.weights("a# Major")) and key.size == 24
+    assert AttributeConfig("tempo", values=("slow", "fast")).size == 2 and AttributeConfig("tempo", "pulse").size == 51
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("Am", "A minor"), ("a min", "A minor"), ("B♭ major", "A# major"), ("A-flat major", "G# major"), ("C", "C major"),
+     ("Cb major", "B major"), ("E# minor", "F minor"), ("F♯m", "F# minor"), ("bbm", "A# minor"), ("Db", "C# major")],
+)  # fmt: skip
+def test_spellings_of_a_key(given: str, meant: str) -> None:
+    key = AttributeConfig("key")
+    assert key.field == "key_signature" and np.array_equal(key.weights(given), key.weights(meant))
+    spelt = AttributeConfig("key", values=("Bb major", "A minor"))
+    assert spelt.weights("A# major").tolist() == [1, 0] and spelt.weights("am").tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("given", ["a", "AM", "H major", "C dorian", "C7", "A, minor"])
+def test_what_is_no_key_is_unknown(given: str) -> None:
+    with pytest.raises(UserError, match="attribute 'key' has no value"):
+        AttributeConfig("key").weights(given)
+
+
+def test_a_label_with_commas_is_one() -> None:
+    records = [{"genre": "Folk, World, & Country"}, {"genre": "Jazz"}, {"genre": "Folk"}]
+    (genre,) = named.learned((AttributeConfig("genre"),), records)
+    assert genre.values == ("Folk", "Folk, World, & Country", "Jazz")
+    assert genre.weights("folk, world, & country").tolist() == [0, 1, 0] == genre.weights([genre.values[1]]).tolist()
+    assert genre.weights("folk, jazz").tolist() == [0.5, 0, 0.5]
+    assert [named.of_record([genre], record, [True]).argmax() for record in records] == [1, 2, 0]
 
 
 def test_what_is_unknown_is_refused_with_the_nearest() -> None:
@@ -77,6 +106,19 @@ def test_labels_of_the_data_and_dropout() -> None:
     assert np.allclose(draws.mean(axis=0), [0.8, 0.2], atol=0.03)
     assert abs(np.corrcoef(draws.T)[0, 1]) < 0.05, "each on its own"
     assert named.kept(mixed, (1, 2, 3)) == named.kept(mixed, (1, 2, 3))
+
+
+def test_attributes_that_no_track_has_are_found_by_reading_few() -> None:
+    wrong = AttributeConfig("key", field="key")
+    read: list[int] = []
+
+    def records(n: int) -> Iterator[dict[str, object]]:
+        for i in range(n):
+            read.append(i)
+            yield {"key": "3f9a" * 8, "key_signature": "G major", "bpm": 90.0 if i else None}
+
+    assert named.unheard((AttributeConfig("key"), AttributeConfig("tempo")), records(50)) == [] and read == [0, 1]
+    assert named.unheard((AttributeConfig("tempo"), wrong, GENRE), records(3)) == [wrong, GENRE]
 
 
 def test_settings_travel(tmp_path: object) -> None:

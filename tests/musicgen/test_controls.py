@@ -20,7 +20,8 @@ from musicgen.errors import UserError
 from musicgen.sampling import SamplingConfig
 from tests.musicgen.small_model import MELODY, TEXT, write_release
 
-NAMED = (AttributeConfig("genre", values=("jazz", "folk")), AttributeConfig("tempo"))
+# The column of the key as releases had it that never heard one; they go on being read.
+NAMED = (AttributeConfig("genre", values=("jazz", "folk")), AttributeConfig("tempo"), AttributeConfig("key", "key"))
 
 
 def tune(hz: float, seconds: float = 1.0) -> np.ndarray:
@@ -166,6 +167,7 @@ def test_of_a_long_file_the_command_reads_what_the_clip_can_hear(folder: Path, m
 
 
 def test_command_sets_attributes_continues_and_streams(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(folder, "named", "--attributes.genre", "jazz", "--attributes.key", "Bbm") == 0
     assert command(folder, "named", "--attributes.genre", "jazz", "--attributes.tempo", "90") == 0
     whole = (folder / "out.wav").read_bytes()
     assert wav.read_marking(folder / "out.wav")["attributes"] == {"genre": "jazz", "tempo": "90"}

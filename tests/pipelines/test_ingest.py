@@ -20,6 +20,7 @@ import webdataset
 
 from musicgen import codec as codecs
 from musicgen import settings
+from musicgen.attributes import AttributeConfig, of_record
 from musicgen.chroma import chroma_bins
 from musicgen.errors import UserError
 from pipelines import assemble, shard, stages
@@ -145,6 +146,8 @@ def test_shards_hold_what_the_plain_functions_give(faulty: tuple, made: Path) ->
         assert meta["key"] == data.index.column("key")[i].as_py() and len(meta["captions"]) == 8
         assert meta["rights"]["licence"] == "CC-BY-4.0" and meta["analysis"]["backend"] == "builtin"
         assert meta["key_signature"] == "C major" and meta["descriptions"][1]["language"] == "de"
+        heard = of_record([AttributeConfig("key")], meta, [True])
+        assert np.array_equal(heard, AttributeConfig("key").weights("C major"))
 
 
 def test_webdataset_reads_it(made: Path) -> None:

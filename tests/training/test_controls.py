@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,9 @@ GENRES = ("waltz", "jazz", "march", "folk")
 
 def record(number: int) -> dict[str, object]:
     """A track that says what it is by attributes alone."""
-    return {"genre": GENRES[number % 4], "bpm": 60.0 + 40 * (number % 4), "captions": [], "descriptions": []}
+    key = ("Am", "C major", "B♭ minor", "F#")[number % 4]
+    tempo = 60.0 + 40 * (number % 4)
+    return {"genre": GENRES[number % 4], "bpm": tempo, "key_signature": key, "captions": [], "descriptions": []}
 
 
 def melody(number: int, frames: int) -> np.ndarray:
@@ -62,6 +65,18 @@ def test_labels_are_those_of_the_tracks(shards: ShardSet) -> None:
     lm = LMConfig(condition=ConditionConfig(attributes=(AttributeConfig("genre"), AttributeConfig("tempo"))))
     found = controls.with_labels(lm, shards, np.arange(len(shards))).condition.attributes
     assert found[0].values == tuple(sorted(GENRES)) and found[1] == AttributeConfig("tempo")
+
+
+def test_the_key_is_heard_and_what_no_track_has_is_said(shards: ShardSet) -> None:
+    key, other = AttributeConfig("key"), AttributeConfig("genre", values=("polka",))
+    condition = ConditionConfig(attributes=(key,))
+    for row in range(4):
+        (heard,) = controls.attributes(shards, [item(row, valid=True)], condition).numpy()
+        assert np.array_equal(heard, key.weights(str(record(number_of(shards, row))["key_signature"])))
+    rows = np.arange(len(shards))
+    assert controls.untrained(condition, shards, rows) == []
+    (warning,) = controls.untrained(ConditionConfig(attributes=(key, other)), shards, rows)
+    assert "attribute 'genre' stays untrained" in warning and "column 'genre' (known: polka)" in warning
 
 
 def test_a_crop_hears_its_own_stretch_of_the_melody(shards: ShardSet) -> None:
@@ -124,16 +139,23 @@ def test_what_only_attributes_and_melody_tell_is_learned(shards: ShardSet) -> No
     assert score() > after + 0.05, "the genre tells which codes"
 
 
-def test_a_run_learns_its_attributes_and_its_release_takes_them(folder: Path, tmp_path: Path) -> None:
+def test_a_run_learns_its_attributes_and_its_release_takes_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = ["--size", "demo", "--data", str(folder), "--run", str(tmp_path / "run"), "--steps", "2"]
     argv += ["--codebook_init", "false"]
     argv += ["--batch.size", "4", "--batch.crop_seconds", "0.64", "--batch.workers", "0", "--log.clips", "0"]
     argv += ["--lm.codebook_size", "64", "--hardware.accelerator", "cpu", "--hardware.precision", "float32"]
-    argv += ["--lm.condition.attributes", '[{"name": "genre"}, {"name": "tempo"}]']
+    argv += ["--lm.condition.attributes", '[{"name": "genre"}, {"name": "tempo"}, {"name": "key", "field": "key"}]']
     assert train.main(argv) == 0
+    assert "warning   attribute 'key' stays untrained" in capsys.readouterr().out
     lm, info = weights.load_release(tmp_path / "run" / "release")
-    genre, tempo = lm.config.condition.attributes
+    genre, tempo, _ = lm.config.condition.attributes
     assert genre.values == tuple(sorted(GENRES)) and tempo.bins == 51
     assert train.main(argv) == 0, "the same command goes on with the same run"
     assert generate.Request([None], 1.0, [0], attributes=[{"genre": "jazz"}]).attributes == [{"genre": "jazz"}]
     assert info["lm"]["condition"]["attributes"][0]["field"] == "genre"
+    heard = (genre, replace(tempo, dropout=0.1), AttributeConfig("key"))
+    again = replace(lm.config, condition=replace(lm.config.condition, attributes=heard))
+    release = tmp_path / "run" / "release"
+    assert weights.initial_state(release, again, info["codec"], info["text_encoder"]), "another column, the same model"
