@@ -3,7 +3,7 @@
 A row says where a track is, what it is, and on which terms it may be used. Two kinds of fault stop a run, because they
 mean that the file as a whole is not what it should be: columns that do not exist or hold another type, and two rows
 with one id; all of them are named together. Any other fault belongs to its row, which is then rejected as
-`invalid_row` with all its problems in the message.
+`invalid_row` with all its problems in the message; two values for one thing are such a fault, whichever comes last.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import datetime
+import decimal
 import difflib
 import hashlib
 import io
@@ -206,10 +207,30 @@ def _read_text(data: bytes, suffix: str, uri: str) -> list[Any]:
     for line in text.split("\n"):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                rows.append(loads(line))
+            except _Twice as error:
+                rows.append(_Unreadable(str(error)))
             except (ValueError, RecursionError) as error:
                 rows.append(_Unreadable(f"not JSON: {error}"))
     return rows
+
+
+class _Twice(ValueError):
+    """A name that one JSON object gives two values."""
+
+
+def loads(text: str | bytes) -> Any:
+    """JSON in which no object gives one name two values. Raises `ValueError` as `json.loads` does."""
+
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found and found[name] != value:
+                raise _Twice(f"{name[:80]!r} is given twice in one object, as {_said(found[name])} and {_said(value)}")
+            found[name] = value
+        return found
+
+    return json.loads(text, object_pairs_hook=object_of)
 
 
 def validate(raw: list[Any], where: str, *, from_text: bool = False) -> list[Row]:
@@ -224,18 +245,22 @@ def validate(raw: list[Any], where: str, *, from_text: bool = False) -> list[Row
     rows: list[Row] = []
     wrong: dict[tuple[str, str], list[int]] = {}
     unknown: dict[str, list[int]] = {}
+    twice: dict[int, list[str]] = {}
     for number, item in enumerate(raw, 1):
         if not isinstance(item, dict):
             reason = str(item) if isinstance(item, _Unreadable) else f"expected an object, got {_name(item)}"
             rows.append(Row(number, _empty(), (reason,)))
             continue
         values = _empty()
-        for name, given in _unflatten(item).items():
+        gathered, twice[number] = _unflatten(item, from_text)
+        for name, given in gathered.items():
             if name not in COLUMNS:
                 unknown.setdefault(name, []).append(number)
                 continue
             try:
                 values[name] = _convert(given, COLUMNS[name], values[name], from_text)
+            except _Twice as error:
+                twice[number].append(f"{name}: {error}")
             except _WrongType as error:
                 wrong.setdefault((name, error.found), []).append(number)
         record = values["rights"]
@@ -246,6 +271,8 @@ def validate(raw: list[Any], where: str, *, from_text: bool = False) -> list[Row
                 continue
             try:
                 rights[name] = _convert(given, RIGHTS[name], rights[name], from_text)
+            except _Twice as error:
+                twice[number].append(f"rights.{name}: {error}")
             except _WrongType as error:
                 wrong.setdefault((f"rights.{name}", error.found), []).append(number)
         rows.append(Row(number, values))
@@ -260,12 +287,16 @@ def validate(raw: list[Any], where: str, *, from_text: bool = False) -> list[Row
     problems += [f"track_id {i!r} is given to {_rows(n)}" for i, n in ids.items() if len(n) > 1]
     if problems:
         raise CatalogError(where, problems)
-    return [row if row.problems else _judged(row) for row in rows]
+    return [row if row.problems else _judged(row, twice[row.number]) for row in rows]
 
 
-def _judged(row: Row) -> Row:
-    """The row with its problems; texts that are no Unicode are mended, so that the reject can be written down."""
-    problems = [short(problem) for problem in _value_problems(row.values)]
+def _judged(row: Row, twice: list[str]) -> Row:
+    """The row with its problems; texts that are no Unicode are mended, so that the reject can be written down.
+
+    Args:
+        twice: what its columns give two values.
+    """
+    problems = [short(problem) for problem in (*twice, *_value_problems(row.values))]
     text = json.dumps(row.values, ensure_ascii=False)
     try:
         text.encode()
@@ -287,20 +318,44 @@ def _empty_rights() -> dict[str, Any]:
     return {n: [] if k in ("texts", "records", "list") else None for n, k in RIGHTS.items()}
 
 
-def _unflatten(item: dict[str, Any]) -> dict[str, Any]:
-    """`rights.licence` and friends gathered into `rights`, `stems.drums` into `stems`; absent values left out."""
+def _unflatten(item: dict[str, Any], from_text: bool) -> tuple[dict[str, Any], list[str]]:
+    """`rights.licence` and friends gathered into `rights`, `stems.drums` into `stems`; absent values left out.
+
+    Each may be a parquet map, a list of pairs. The second value says what is given twice and not alike.
+    """
     result = {n: v for n, v in item.items() if not _absent(v)}
+    problems: list[str] = []
     for column in ("rights", "stems"):
         flat = {n: result.pop(n) for n in list(result) if isinstance(n, str) and n.startswith(f"{column}.")}
-        if not flat:
-            continue
         record = result.get(column, {})
-        if isinstance(record, str):
-            with contextlib.suppress(_WrongType):  # what it holds instead is told when it is converted
+        if isinstance(record, str) and (flat or from_text):
+            with contextlib.suppress(_WrongType, _Twice):  # what it holds instead is told when it is converted
                 record = _json(record)
         if isinstance(record, dict):
-            result[column] = {**record, **{n.removeprefix(f"{column}."): v for n, v in flat.items()}}
-    return result
+            record = list(record.items())
+        if not isinstance(record, list) or not all(isinstance(pair, tuple) for pair in record):
+            continue
+        found: dict[str, Any] = {}
+        for name, value in [*record, *((n.removeprefix(f"{column}."), v) for n, v in flat.items())]:
+            name = str(name).strip() if column == "stems" else name
+            kind = "text" if column == "stems" else RIGHTS.get(name, "any")
+            if not _absent(value) and not _alike(found.setdefault(name, value), value, kind, from_text):
+                problems.append(f"{column}.{name} is given twice, as {_said(found[name])} and {_said(value)}")
+        if column in result or found:
+            result[column] = found
+    return result, problems
+
+
+def _alike(one: Any, other: Any, kind: str, from_text: bool) -> bool:
+    """Whether two cells of a column mean the same."""
+    try:
+        return one is other or _convert(one, kind, None, from_text) == _convert(other, kind, None, from_text)
+    except (_WrongType, _Twice):
+        return False
+
+
+def _said(value: Any) -> str:
+    return repr(value)[:80]
 
 
 def _absent(value: Any) -> bool:
@@ -318,7 +373,9 @@ def _name(value: Any) -> str:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
+        return loads(text)
+    except _Twice:
+        raise
     except (ValueError, RecursionError):
         raise _WrongType(f"text that is not JSON ({text[:40]!r})") from None
 
@@ -347,7 +404,7 @@ def _number(value: Any, from_text: bool) -> float:
             return float(value)
         except ValueError:
             raise _WrongType(f"text ({value[:40]!r})") from None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float | decimal.Decimal):
         raise _WrongType(_name(value) + (f" ({value[:40]!r})" if isinstance(value, str) else ""))
     try:
         return float(value)
@@ -389,6 +446,8 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if value is None or isinstance(value, (str, int, float)):
         return value
+    if isinstance(value, decimal.Decimal):
+        return float(value)
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     raise _WrongType(f"a value of type {_name(value)} in it")
@@ -404,7 +463,7 @@ def _addresses(value: Any, from_text: bool) -> dict[str, str]:
     record = _record(value, from_text)
     if bad := [v for v in record.values() if not isinstance(v, str)]:
         raise _WrongType(f"an object with {_name(bad[0])} in it")
-    return {str(name).strip(): uri.strip() for name, uri in record.items()}
+    return {name: uri.strip() for name, uri in record.items()}
 
 
 def _records(value: Any, from_text: bool) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import decimal
 import json
 from pathlib import Path
 
@@ -95,6 +96,72 @@ def test_other_faults_belong_to_their_row(tmp_path: Path) -> None:
 def test_isrc_is_normalised(tmp_path: Path) -> None:
     rows = catalog.read(write(tmp_path, [row(1, rights=rights(isrc="ISRC gb-abc-24-00001"))])).rows
     assert rows[0].rights["isrc"] == "GBABC2400001" and not rows[0].problems
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"rights": rights(status="withdrawn"), "rights.status": "active"},
+         "rights.status is given twice, as 'withdrawn' and 'active'"),
+        ({"rights.licence": "MIT", "rights": rights()}, "rights.licence is given twice, as 'CC-BY-4.0' and 'MIT'"),
+        ({"stems": {"voice": "a.wav"}, "stems.voice": "b.wav"}, "stems.voice is given twice, as 'a.wav' and 'b.wav'"),
+        ({"stems": {"voice": "a.wav", " voice ": "b.wav"}}, "stems.voice is given twice, as 'a.wav' and 'b.wav'"),
+        ({"stems.voice": "a.wav", "stems. voice": "b.wav"}, "stems.voice is given twice, as 'a.wav' and 'b.wav'"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_two_values_for_one_thing_are_a_fault_of_the_row(given: dict, words: str, kind: str, tmp_path: Path) -> None:
+    item, path = {**row(1), **given}, tmp_path / f"c.{kind}"
+    if kind == "csv":
+        with path.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, list(item))
+            writer.writeheader()
+            writer.writerow({n: json.dumps(v) if isinstance(v, list | dict) else v for n, v in item.items()})
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([item]), path)
+    else:
+        path.write_text(json.dumps(item))
+    (found,) = catalog.read(str(path)).rows
+    assert found.problems == (words,)
+
+
+def test_the_same_value_twice_is_no_fault(tmp_path: Path) -> None:
+    item = {**row(1, rights=rights(status="active ", opt_out_signals=None)), "rights.status": "active"}
+    item |= {"rights.opt_out_signals": [], "stems": {"voice": "a.wav", "voice ": " a.wav", "drums": None}}
+    (found,) = catalog.read(write(tmp_path, [{**item, "stems.drums": "d.wav"}])).rows
+    assert not found.problems and found.values["stems"] == {"voice": "a.wav", "drums": "d.wav"}
+    cell = json.dumps(row(1)["rights"])
+    item = {
+        "track_id": "t",
+        "uri": "a.wav",
+        "artist": "a",
+        "rights": cell,
+        "rights.grants": "train,generate_commercially",
+    }
+    assert not catalog.validate([item], "c", from_text=True)[0].problems
+
+
+def test_a_name_twice_in_one_object(tmp_path: Path) -> None:
+    twice = json.dumps(row(1)).replace('"status": "active"', '"status": "withdrawn", "status": "active"')
+    words = "'status' is given twice in one object, as 'withdrawn' and 'active'"
+    assert catalog.read(write(tmp_path, [twice])).rows[0].problems == (words,)
+    cell = json.dumps(rights())[:-1] + ', "status": "withdrawn"}'
+    item = {"track_id": "t", "uri": "a.wav", "artist": "a", "rights": cell}
+    for more in ({}, {"rights.licence": "CC-BY-4.0"}):
+        (found,) = catalog.validate([{**item, **more}], "c", from_text=True)
+        assert found.problems == ("rights: 'status' is given twice in one object, as 'active' and 'withdrawn'",)
+
+
+def test_parquets_own_types(tmp_path: Path) -> None:
+    """A map is a list of pairs, a price-like number a decimal."""
+    item = row(1, rights=rights(rightsholders=[{"party": "A", "share": decimal.Decimal("62.5")}]))
+    item["bpm"] = decimal.Decimal("91.50")
+    table = pa.Table.from_pylist([item])
+    stems = pa.array([[("drums", "d.wav"), ("voice", " v.wav"), ("bass", None)]], pa.map_(pa.string(), pa.string()))
+    pq.write_table(table.append_column("stems", stems), tmp_path / "c.parquet")
+    (found,) = catalog.read(str(tmp_path / "c.parquet")).rows
+    assert not found.problems and found.values["bpm"] == 91.5 and found.rights["rightsholders"][0]["share"] == 62.5
+    assert found.values["stems"] == {"drums": "d.wav", "voice": "v.wav"} and found.digest
 
 
 def test_bad_catalogues(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from musicgen.codec import CodecConfig
 from musicgen.errors import UserError
 from pipelines import audio
 from pipelines.assemble import SplitConfig, split_groups, split_of
-from pipelines.catalog import FORMATS, Row, validate
+from pipelines.catalog import FORMATS, Row, loads, validate
 from pipelines.catalog import read as read_catalog
 from pipelines.checks import CheckConfig
 from pipelines.checks import first as first_problem
@@ -122,9 +122,9 @@ def _from_shards(tars: list[Place]) -> tuple[list[Track], dict[str, str]]:
                 rejects[f"{tar.name}/{key}"] = f"{missing} beside {', '.join(sorted(members))}"
                 continue
             try:
-                row = json.loads(tar.read_range(*members["json"]))
+                row = loads(tar.read_range(*members["json"]))
             except ValueError as error:
-                row = f"{tar.name}/{key}.json is not JSON: {error}"
+                row = f"{tar.name}/{key}.json is no row: {error}"
             rows.append({"uri": f"{tar.name}/{key}", **row} if isinstance(row, dict) else row)
             reads.append(lambda tar=tar, sound=sound: tar.read_range(*sound))  # type: ignore[misc]
     checked = validate(rows, "the audio shards' rows")
