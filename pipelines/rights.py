@@ -21,9 +21,11 @@ _EU = "AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MT NL PL PT RO S
 EU = frozenset(_EU.split())
 WORLD = frozenset({"WORLD", "WORLDWIDE", "001"})
 
-_NO_LICENCE = frozenset(
-    {"", "NONE", "NOASSERTION", "UNKNOWN", "UNLICENSED", "N/A", "ALL-RIGHTS-RESERVED", "PROPRIETARY"}
+# As `_says_nothing` compares them: letters and digits alone.
+_NOTHING = frozenset(
+    {"", "none", "no", "noassertion", "unknown", "na", "notapplicable", "notavailable", "null", "tba", "tbd", "pending"}
 )
+_NO_LICENCE = _NOTHING | {"unlicensed", "allrightsreserved", "proprietary"}
 _KNOWN_LICENCE = re.compile(
     r"(CC0-1\.0|CC-PDDC|CC-PDM-1\.0|CC-BY(-NC)?(-SA|-ND)?-(1\.0|2\.0|2\.5|3\.0|4\.0)(-[A-Z]{2,3})?|PDDL-1\.0|ODC-By-1\.0"
     r"|ODbL-1\.0|LAL-1\.[23]|MIT(-0)?|Apache-2\.0|BSD-[23]-Clause|Unlicense|0BSD|ISC|Zlib"
@@ -46,9 +48,22 @@ class RightsConfig:
     territory: list[str] = field(default_factory=lambda: ["WORLD"])
     today: str = ""
 
+    def __post_init__(self) -> None:
+        for name, example in (("purpose", "train"), ("territory", "WORLD")):
+            given = getattr(self, name)
+            if not given or not all(entry.strip() for entry in given):
+                raise ValueError(
+                    f"rights.{name} is {given!r}; give at least one, none of them empty, such as [{example}]"
+                )
+
     def day(self) -> datetime.date:
         """The day of the decision. Raises `ValueError` when it is not a date."""
         return datetime.date.fromisoformat(self.today) if self.today else datetime.date.today()
+
+
+def _says_nothing(text: str | None, words: frozenset[str] = _NOTHING) -> bool:
+    """Whether a text leaves open what it should name: empty, a dash, `N/A`, `unknown` and their like."""
+    return re.sub(r"[\W_]+", "", text or "").casefold() in words
 
 
 def licence_problem(expression: str | None) -> str | None:
@@ -57,7 +72,7 @@ def licence_problem(expression: str | None) -> str | None:
     >>> licence_problem("CC-BY-4.0 OR LicenseRef-acme-2025") is None
     True
     """
-    if expression is None or expression.strip().upper().replace(" ", "-") in _NO_LICENCE:
+    if expression is None or _says_nothing(expression, _NO_LICENCE):
         return f"no licence given ({expression!r})" if expression else "no licence given"
     tokens = re.findall(r"[()]|[^\s()]+", expression)
     depth, expect_id = 0, True
@@ -113,10 +128,14 @@ def _faults(rights: dict[str, Any], config: RightsConfig, today: datetime.date) 
     problem = licence_problem(rights.get("licence"))
     if problem:
         yield "no_licence", problem
-    if not rights.get("rightsholders"):
+    parties = [str(holder.get("party") or "") for holder in rights.get("rightsholders") or []]
+    if not parties:
         yield "no_rightsholder", "no rightsholder is named"
-    if not rights.get("consent_evidence"):
-        yield "no_consent", "no evidence of consent is named"
+    if unnamed := [party for party in parties if _says_nothing(party)]:
+        yield "no_rightsholder", f"a rightsholder is not named ({unnamed[0]!r})"
+    consent = rights.get("consent_evidence")
+    if _says_nothing(consent):
+        yield "no_consent", "no evidence of consent is named" + (f" ({consent!r})" if consent else "")
     grants = {str(g).strip().lower() for g in rights.get("grants") or []}
     lacking = [p for p in config.purpose if p.strip().lower() not in grants]
     if lacking:

@@ -6,7 +6,9 @@ import datetime
 
 import pytest
 
+from musicgen import settings
 from pipelines import catalog
+from pipelines.ingest import IngestConfig
 from pipelines.rights import RightsConfig, admit, covers, licence_problem
 from tests.pipelines.conftest import TODAY, rights, row
 
@@ -32,7 +34,16 @@ def code(config: RightsConfig | None = None, **changes: object) -> str | None:
         ({"licence": "Free-For-All"}, "no_licence"),
         ({"licence": "CC-BY-4.0 AND"}, "no_licence"),
         ({"rightsholders": None}, "no_rightsholder"),
+        ({"rightsholders": [{"party": "A"}, {"party": " Unknown"}]}, "no_rightsholder"),
+        ({"rightsholders": [{"party": "n/a"}]}, "no_rightsholder"),
+        ({"rightsholders": [{"party": "未知の人"}, {"party": "No Such Label"}]}, None),
         ({"consent_evidence": None}, "no_consent"),
+        ({"consent_evidence": "none"}, "no_consent"),
+        ({"consent_evidence": "N/A"}, "no_consent"),
+        ({"consent_evidence": "unknown."}, "no_consent"),
+        ({"consent_evidence": "--"}, "no_consent"),
+        ({"licence": "all rights reserved"}, "no_licence"),
+        ({"licence": "n.a."}, "no_licence"),
         ({"grants": None}, "not_granted"),
         ({"grants": ["redistribute_tokens"]}, "not_granted"),
         ({"valid_from": None}, "no_term"),
@@ -67,6 +78,14 @@ def test_purpose_territory_and_day_decide() -> None:
     assert code(RightsConfig(territory=["US"]), territory=["EU"]) == "territory"
     assert covers(["DE", "WORLD"], "JP") and not covers(["DE"], "EU")
     assert admit(rights(), RightsConfig(), datetime.date(2031, 1, 1)).code == "expired"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["purpose", "territory"])
+@pytest.mark.parametrize("given", ["[]", '[""]', '["EU", " "]'])
+def test_a_gate_without_purpose_or_territory_is_none(name: str, given: str) -> None:
+    words = rf"rights.{name} is \[.*\]; give at least one, none of them empty, such as \[(train|WORLD)\]"
+    with pytest.raises(settings.SettingsError, match=words):
+        settings.parse(IngestConfig, [f"--rights.{name}", given])
 
 
 @pytest.mark.parametrize(
