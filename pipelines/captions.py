@@ -40,6 +40,10 @@ class CaptionConfig:
     min_key_confidence: float = 0.7
     min_tempo_confidence: float = 0.3
 
+    def __post_init__(self) -> None:
+        if self.variants < 1:
+            raise ValueError(f"captions.variants is {self.variants}; give at least 1, or no track has a caption")
+
 
 @dataclass(frozen=True)
 class Claim:

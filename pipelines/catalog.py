@@ -422,6 +422,7 @@ def _texts(value: Any, from_text: bool) -> list[str]:
 
 
 def _descriptions(value: Any, from_text: bool) -> list[dict[str, str]]:
+    """Descriptions of a row; one without a letter or digit of any script ("...") says nothing and is left out."""
     if not isinstance(value, list):
         raise _WrongType(_name(value))
     result = []
@@ -434,7 +435,8 @@ def _descriptions(value: Any, from_text: bool) -> list[dict[str, str]]:
         text, language = item.get("text") or "", item.get("language") or "und"
         if not isinstance(text, str) or not isinstance(language, str):
             raise _WrongType("a description whose text or language is not text")
-        result.append({"text": text.strip(), "language": language})
+        if not text.strip() or any(c.isalnum() for c in text):
+            result.append({"text": text.strip(), "language": language})
     return result
 
 

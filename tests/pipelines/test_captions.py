@@ -6,8 +6,10 @@ from collections import Counter
 
 import pytest
 
+from musicgen import settings
 from pipelines import catalog
 from pipelines.captions import CaptionConfig, claims, finish, parse_key, variants
+from pipelines.ingest import IngestConfig
 from tests.pipelines.conftest import row
 
 ANALYSIS = {"key": "A minor", "key_confidence": 0.9, "tempo_bpm": 119.6, "tempo_confidence": 0.8}
@@ -89,6 +91,26 @@ def test_never_empty_and_never_invented() -> None:
     assert variants(values(**bare), DOUBTFUL, config, seed=0) == []
     only_measured = variants(values(**bare), ANALYSIS, config, seed=0)
     assert only_measured and all(s.startswith("analysis.") for c in only_measured for s in c["sources"])
+
+
+@pytest.mark.parametrize("text", ["...", " . . .", "—", "?!", "…", "♪"])
+def test_a_description_without_a_word_is_none(text: str) -> None:
+    said = {"text": "静か", "language": "ja"}
+    row = values(descriptions=[{"text": text, "language": "en"}, said])
+    assert row["descriptions"] == [said]
+    bare = values(descriptions=[{"text": text, "language": "en"}])
+    assert all(
+        c["text"] and "catalogue.descriptions[0]" not in c["sources"]
+        for c in variants(bare, ANALYSIS, CaptionConfig(), 0)
+    )
+    nothing = {"genre": None, "moods": [], "instruments": [], "bpm": None, "key": None}
+    assert variants({**bare, **nothing}, DOUBTFUL, CaptionConfig(), seed=0) == []
+
+
+@pytest.mark.parametrize("variants", ["0", "-1"])
+def test_no_caption_at_all_is_refused(variants: str) -> None:
+    with pytest.raises(settings.SettingsError, match=f"captions.variants is {variants}; give at least 1"):
+        settings.parse(IngestConfig, ["--captions.variants", variants])
 
 
 @pytest.mark.parametrize(
