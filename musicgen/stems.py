@@ -20,7 +20,12 @@ from musicgen.errors import UserError
 
 SAMPLE_RATE = 44_100  # htdemucs
 MODEL = "hf://htdemucs"  # the hub's safetensors; by another name demucs may unpickle a download
-LEFT_OUT = {"drums", "drum", "drumkit", "percussion", "kick", "snare", "toms", "cymbals", "hihat", "bass", "bassline"}
+_DRUMS = (
+    r"drum\w*|\w+drum|perc|percussion|kick|snare|rim|rimshot|tom|tomtom|cymbal|hat|hihat|hh|crash|clap|shaker|tambourine"
+    r"|conga|bongo|cajon|cowbell|808|909"
+)
+_BASS = r"\w*bass|bassline|bassguitar|sub"
+_VOICED = r"clarinet|flute|oboe|recorder|sax|saxophone|trumpet|trombone|voice|vocal|vox|singer|choir"  # a bass of these
 
 
 def load(setting: str = "melody_stems") -> Any:
@@ -61,8 +66,17 @@ def melody(audio: np.ndarray, to_hz: int, separator: Any = None) -> np.ndarray:
 
 
 def has_melody(name: str) -> bool:
-    """Whether a stem of this name counts for the melody: all but drums and bass, "Bass guitar" and "drums 2" too."""
-    return LEFT_OUT.isdisjoint(re.split(r"[^a-z]+", name.casefold()))
+    """Whether a stem of this name counts for the melody: all but drums and bass.
+
+    Told by its words in any number, together or apart: "Hi-Hats", "kickDrum 2" and "808" are drums, "Bass guitar" and
+    "SubBass" bass; "Bass clarinet" and "Bass voice" are melody.
+    """
+    words = re.findall(r"[a-z]+|[0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold())
+    drums, bass, voiced = (
+        any(re.fullmatch(rf"(?:{kind})(?:e?s)?", word) for word in (*words, "".join(words)))
+        for kind in (_DRUMS, _BASS, _VOICED)
+    )
+    return not drums and (voiced or not bass)
 
 
 def likeness(sound: np.ndarray, other: np.ndarray, sample_rate_hz: int, seconds: float) -> float:

@@ -32,6 +32,7 @@ CODES = {
     "decode": "the file is damaged",
     "duration_mismatch": "much longer than the file declares",
     "stem_mismatch": "a stem is not as long as its track, or not of it",
+    "no_melody": "its stems are drums and bass alone",
     "crash": "the decoder crashed on it",
     "timeout": "decoding took too long",
     "oom": "decoding needs too much memory",

@@ -194,7 +194,7 @@ def _prepare(job: Job, settings: TrackSettings, decoder: audio.Decoder, data: by
 
 
 class StemError(Exception):
-    """A stem that the catalogue names is missing, unreadable, of another length or recording."""
+    """A stem of the catalogue is missing, unreadable, of another length or recording, or none of them has a melody."""
 
     def __init__(self, stage: str, code: str, message: str) -> None:
         super().__init__(message)
@@ -215,6 +215,11 @@ def stems_of(
         wide = audio.prepare(decoded.pcm, decoded.sample_rate_hz, stems.SAMPLE_RATE, 2)
         apart = stems.separate(wide, rate, separator("melody_stems" if settings.melody_stems else "chroma_stems"))
         return {name: _fitted(part, len(mono)) for name, part in apart.items()}, {"from": stems.MODEL}
+    if settings.melody_stems and not any(stems.has_melody(name) for name, _ in job.stems):
+        message = (
+            f"the stems {', '.join(name for name, _ in job.stems)} are drums and bass, by their names; the melody is"
+        )
+        raise StemError("check", "no_melody", f"{message} taken from the others: name them as well, or no stems at all")
     parts, hashes = {}, {}
     for name, place in job.stems:
         try:

@@ -13,7 +13,7 @@ import pytest
 
 from musicgen import codec as codecs
 from musicgen import settings
-from musicgen.chroma import NONE, chroma_bins
+from musicgen.chroma import chroma_bins
 from musicgen.errors import UserError
 from pipelines import audio, catalog, shard, stages
 from pipelines import ingest as command
@@ -135,7 +135,10 @@ def test_the_catalogues_stems_make_melody_and_other_mixes(tmp_path: Path) -> Non
     only = with_stems(tmp_path, "b.wav", {"Bass": two_notes()["bass"]})
     job = stages.Job("t", Place.at(tmp_path / "b.wav"), "w", 0, only)
     silent = stages.prepare(job, replace(SETTINGS, melody_stems=True), decoder)
-    assert isinstance(silent, stages.Prepared) and (silent.chroma == NONE).all(), "drums and bass alone have no melody"
+    assert isinstance(silent, stages.Result) and silent.reject is not None and silent.reject.code == "no_melody"
+    assert silent.reject.message.startswith("the stems Bass are drums and bass, by their names")
+    mixed = stages.prepare(job, replace(SETTINGS, chroma_stems=True, chroma_variants=1), decoder)
+    assert isinstance(mixed, stages.Prepared), "other mixes need no melody"
 
 
 def test_stems_that_do_not_fit_are_a_reject(tmp_path: Path) -> None:
