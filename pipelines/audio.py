@@ -359,13 +359,18 @@ def container_cut(data: bytes) -> str:
     return _cut_frames(data)
 
 
+# A data chunk of 0, or of so many bytes that are not there, is of a program that could not seek back to write its size:
+# FFmpeg leaves 0xFFFFFFFF or 0, SoX 0x7FFFF000, others about 0x7FFFFFFF.
+_STREAMED = 0x7FFF0000
+
+
 def _cut_wave(data: bytes) -> str:
     at = 12
     while at + 8 <= len(data):
         size = struct.unpack_from("<I", data, at + 4)[0]
         if data[at : at + 4] == b"data":
             missing = at + 8 + size - len(data)
-            streamed = size in (0, 0xFFFFFFFF)  # written by a program that could not seek back
+            streamed = size == 0 or size >= _STREAMED
             return f"{missing} bytes of the data chunk are missing" if missing > 1 and not streamed else ""
         at += 8 + size + (size & 1)
     return "the wave file ends before its data chunk"

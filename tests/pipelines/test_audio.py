@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import struct
 import sys
 import threading
 import time
@@ -76,6 +77,19 @@ def test_whole_files_decode_and_cut_files_are_caught(name: str, decoder: audio.D
         with pytest.raises(audio.DecodeError) as caught:
             audio.verify(decoder.decode(FILES[name][: int(len(FILES[name]) * share)]), LIMITS)
         assert caught.value.code == "truncated"
+
+
+@pytest.mark.parametrize("size", [0, 0x7FFF_0000, 0x7FFF_F000, 0x7FFF_FFFF - 36, 0x8000_0000, 0xFFFF_FFFF])
+def test_a_wave_written_through_a_pipe_is_whole(size: int, decoder: audio.Decoder) -> None:
+    whole = FILES["wav"]
+    assert whole[36:40] == b"data"
+    riff = min(size + 36, 0xFFFF_FFFF)
+    piped = whole[:4] + struct.pack("<I", riff) + whole[8:40] + struct.pack("<I", size) + whole[44:]
+    decoded = decoder.decode(piped)
+    audio.verify(decoded, LIMITS)
+    assert np.array_equal(decoded.pcm, decoder.decode(whole).pcm)
+    with pytest.raises(audio.DecodeError, match="bytes of the data chunk are missing"):
+        audio.verify(decoder.decode(whole[:40] + struct.pack("<I", 0x7FFE_FFFF) + whole[44:]), LIMITS)
 
 
 def test_the_hash_sees_sound_and_not_the_container(decoder: audio.Decoder) -> None:
