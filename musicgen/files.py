@@ -25,13 +25,18 @@ AUDIO_CONTAINERS = (
 )
 
 
+def path_of_uri(uri: str) -> str:
+    """The path of a `file:` URI: % signs decoded, `#` and `?` part of its names."""
+    return unquote(urlsplit(uri.replace("#", "%23").replace("?", "%3F")).path)
+
+
 def local_path(uri: str | os.PathLike[str]) -> Path | None:
     """The local path of a path or `file://` URI; None for another scheme."""
     text = os.fspath(uri)
     if "://" not in text:
         return Path(text)
     if text.startswith("file://"):
-        return Path(unquote(urlsplit(text).path))
+        return Path(path_of_uri(text))
     return None
 
 

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from musicgen.errors import UserError
+from musicgen.files import path_of_uri
 
 TEMPORARY = ".tmp-"
+_OPTIONS = re.compile(r"\?([\w.-]+=[^&?]*(?:&[\w.-]+=[^&?]*)*)$")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -62,7 +65,14 @@ class Place:
 
     @classmethod
     def at(cls, uri: str | os.PathLike[str]) -> Place:
-        """The place that a URI or a local path names. Raises `UserError` on an empty one."""
+        """The place that a URI or a local path names.
+
+        Names are taken as they are, also with `#` and `?`; only `name=value` behind the last `?` of a URI are its
+        options, and only a file:// URI has its % signs decoded.
+
+        Raises:
+            UserError: an empty one, one that is no URI, or one with keys.
+        """
         text = os.fspath(uri)
         if not text.strip():
             raise UserError("an empty path was given; give a local path or a file:// or s3:// URI")
@@ -71,11 +81,13 @@ class Place:
         except ValueError as error:
             raise UserError(f"{text!r} is no URI ({error}); give a local path or a file:// or s3:// URI") from error
         if parts.scheme == "file":
-            return cls("file", os.path.abspath(urllib.parse.unquote(parts.path)))
+            return cls("file", os.path.abspath(path_of_uri(text)))
         if "@" in parts.netloc:
             raise UserError("a URI must not hold keys (they would be written into tables); use the AWS_* variables")
         if parts.scheme and "://" in text:
-            return cls(parts.scheme, (parts.netloc + parts.path).rstrip("/"), parts.query)
+            options = _OPTIONS.search(text)
+            path = (text[: options.start()] if options else text).partition("://")[2]
+            return cls(parts.scheme, path.rstrip("/"), options[1] if options else "")
         return cls("file", os.path.abspath(os.path.expanduser(text)))
 
     @property

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from musicgen import files
 from musicgen.errors import UserError
 from pipelines.store import DiskFull, Place, infos
 
@@ -23,6 +24,15 @@ def test_a_place_by_any_name(tmp_path: Path) -> None:
     remote = Place.at("s3://bucket/some/set?endpoint_override=host:9")
     assert (remote / "x").uri == "s3://bucket/some/set/x?endpoint_override=host:9"
     assert remote.join("audio/t.wav").path == "bucket/some/set/audio/t.wav"
+    for name in ("Symphony #5.flac", "Why?.flac", "50%20 [live]?#1.wav", "a=b?c d=e.wav", "Why? #", "Why?"):
+        place = remote / name
+        assert Place.at(place.uri) == place == remote.join(name), name
+        assert Place.at(f"s3://bucket/{name}") == Place("s3", f"bucket/{name}")
+        (tmp_path / name).write_bytes(name.encode())
+        for address in (str(tmp_path / name), (tmp_path / name).as_uri(), Place.at(tmp_path).join(name).uri):
+            assert Place.at(address).read() == files.read_bytes(address) == name.encode()
+        assert Place.at(f"file://{tmp_path}/{name.replace('%', '%25')}").exists()
+    assert Place.at("s3://bucket/set/?scheme=http&region=").query == "scheme=http&region="
     with pytest.raises(UserError, match="empty path"):
         Place.at(" ")
     with pytest.raises(UserError, match="must not hold keys"):
@@ -47,6 +57,9 @@ def test_the_same_on_disk_and_on_s3(where: str, tmp_path: Path, request: pytest.
     local.write_bytes(b"done")
     (root / "store" / "put").put_file(str(local))
     assert (root / "store" / "put").read() == b"done"
+    odd = root.join("Symphony #5?.flac")
+    odd.write(b"5")
+    assert odd.read() == Place.at(odd.uri).read() == b"5" and root.list() == [odd.name]
     place.parent.delete()
     assert not place.exists()
     place.delete()
