@@ -326,11 +326,16 @@ def inherited(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [*own, *info.get("inherited", [])]
 
 
+def non_commercial(licence: str | None) -> bool:
+    """Whether a licence forbids commercial use, by its name in any case of letters."""
+    return "-NC" in str(licence).upper()
+
+
 def notice(info: dict[str, Any]) -> str:
     """What a user of this release must know of the licences it inherits; empty when it inherits none."""
     return "\n".join(
         f"licence   these weights derive from {item['model']}: {item['licence'] or 'not stated'}"
-        + ("; not for commercial use, nor is what is trained from them" if "-NC" in str(item["licence"]) else "")
+        + ("; not for commercial use, nor is what is trained from them" if non_commercial(item["licence"]) else "")
         for item in info.get("inherited", [])
     )
 

@@ -23,7 +23,7 @@ from musicgen import about, chroma, patterns
 from musicgen.conditioning import TextEncoder
 from musicgen.config import ConditionConfig, LMConfig
 from musicgen.errors import UserError
-from musicgen.interop.parts import Parts, card, check_reference, codec_network, read_card
+from musicgen.interop.parts import Parts, card, check_reference, codec_network, read_card, stated
 
 LM_FILE, CODEC_FILE = "state_dict.bin", "compression_state_dict.bin"
 TEXT_ENCODERS = (
@@ -140,7 +140,7 @@ def read(folder: Path, source: str, codec: str = "", text_encoder: str = "") -> 
         text_encoder=encoder,
         codec_name=codec_name,
         source=source,
-        licence=package.get("licence") or licence,
+        licence=stated(package.get("licence")) or licence,
         inherited=package.get("inherited_licences") or inherited,
         training={"crop_seconds": seconds},
     )

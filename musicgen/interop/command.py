@@ -29,7 +29,7 @@ class ImportConfig:
         out: the release folder to write.
         codec: name or folder of the codec, where audiocraft's files only name it and it stands elsewhere.
         text_encoder: the same for the text encoder.
-        licence: of the weights, where the source does not say.
+        licence: of the weights, where the source does not say; another one than it says is refused.
     """
 
     source: str = ""
@@ -97,8 +97,13 @@ def import_model(config: ImportConfig) -> Path:
         raise UserError("OUT is missing; give the release folder to write, such as OUT=models/small")
     _check_new(config.out, "models/small")
     model = sources.read(config.source, config.codec, config.text_encoder)
-    if config.licence:
-        model.licence = config.licence
+    given = parts.stated(config.licence)
+    if given and model.licence and given.casefold() != model.licence.casefold():
+        raise UserError(
+            f"licence is {config.licence!r}, but FROM={config.source!r} says that it is under {model.licence!r}, which "
+            "goes along with it; leave --licence out: it is for sources that state none"
+        )
+    model.licence = model.licence or given
     return parts.to_release(model, config.out)
 
 

@@ -57,8 +57,16 @@ class Parts:
     @property
     def binding_licence(self) -> str | None:
         """The licence a receiver must follow: a non-commercial one that is inherited outweighs the model's own."""
-        bound = [item["licence"] for item in self.inherited if "-NC" in str(item["licence"])]
+        bound = [item["licence"] for item in self.inherited if weights.non_commercial(item["licence"])]
         return bound[0] if bound else self.licence
+
+    @property
+    def lineage(self) -> list[dict[str, Any]]:
+        """What a model made of this one inherits: this one too, where its own licence is not among the inherited."""
+        known = [item["licence"] for item in self.inherited]
+        if known and self.licence in (None, *known):
+            return self.inherited
+        return [{"model": self.source, "licence": self.licence}, *self.inherited]
 
 
 def codec_network(name: str) -> Any:
@@ -103,7 +111,7 @@ def of_release(model: str | os.PathLike[str], codec: str = "", text_encoder: str
         text_encoder=encoder,
         codec_name=str(info["codec"]["name"]).removeprefix(stereo.PREFIX),
         source=os.fspath(model),
-        licence=info.get("licence"),
+        licence=stated(info.get("licence")),
         inherited=info.get("inherited", []),
         training=info["training"],
     )
@@ -144,7 +152,7 @@ def to_release(parts: Parts, out: str | os.PathLike[str]) -> Path:
             },
             "training": {"step": None, "data_version": None, **parts.training},
             "licence": parts.licence or "not stated",
-            "inherited": parts.inherited or [{"model": parts.source, "licence": parts.licence}],
+            "inherited": parts.lineage,
             "imported_from": parts.source,
             "made_by": about.software(),
         }
@@ -209,7 +217,7 @@ def card(parts: Parts, title: str) -> str:
         + yaml.safe_dump(front, sort_keys=False)
         + f"---\n\n# {title}\n\nLicence of these weights: {licence or 'not stated'}.\n"
         + ("\nThey derive from, and are bound by the licences of:\n\n" + "\n".join(lines) + "\n" if lines else "")
-        + ("\nNot for commercial use, nor is what is trained from them.\n" if "-NC" in str(licence) else "")
+        + ("\nNot for commercial use, nor is what is trained from them.\n" if weights.non_commercial(licence) else "")
     )
 
 
@@ -229,13 +237,13 @@ def read_card(folder: Path) -> tuple[str | None, list[dict[str, Any]]]:
         return None, []
     if not isinstance(front, dict):
         return None, []
-    stated = front.get("license")
     inherited = front.get("inherited_licences")
-    licence = None if stated in (None, "other", "unknown") else _spdx(str(stated))
-    return licence, inherited if isinstance(inherited, list) else []
+    return stated(front.get("license")), inherited if isinstance(inherited, list) else []
 
 
-def _spdx(name: str) -> str:
-    """Model hubs write licences in lower case; SPDX does not."""
+def stated(licence: Any) -> str | None:
+    """A licence by its SPDX name, which model hubs write in lower case; None for words that name none."""
+    if licence in (None, "", "other", "unknown", "not stated"):
+        return None
     known = ("Apache-2.0", "MIT", "CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", NON_COMMERCIAL, "CC-BY-NC-SA-4.0")
-    return {k.lower(): k for k in known}.get(name.lower(), name)
+    return {k.lower(): k for k in known}.get(str(licence).lower(), str(licence))

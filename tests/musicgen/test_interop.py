@@ -293,6 +293,51 @@ def test_a_float16_release_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("card", "given", "made", "commercial"),
+    [
+        ("license: cc-by-nc-4.0", "Apache-2.0", None, False),
+        ("license: cc-by-nc-nd-4.0", "MIT", None, False),
+        ("license: cc-by-nc-nd-4.0", "CC-BY-NC-ND-4.0", "cc-by-nc-nd-4.0", False),
+        ("license: mit", "MIT", "MIT", True),
+        ("license: mit", "", "MIT", True),
+        ("license: other", "cc-by-nc-4.0", "CC-BY-NC-4.0", False),
+        ("license: not stated", "MIT", "MIT", True),
+        ("license: other", "", "not stated", True),
+        ("inherited_licences: [{model: m, licence: CC-BY-NC-4.0}]", "MIT", "MIT", False),
+    ],
+)
+def test_a_licence_that_the_source_states_stays(
+    card: str, given: str, made: str | None, commercial: bool, tmp_path: Path
+) -> None:
+    """`made` is the licence of the import, None where it is refused; `commercial` what is told of its descendants."""
+    foreign("mono").save_pretrained(tmp_path / "theirs")
+    tokenizer().save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "README.md").write_text(f"---\n{card}\n---\n")
+    config = command.ImportConfig(str(tmp_path / "theirs"), str(tmp_path / "ours"), licence=given)
+    if made is None:
+        with pytest.raises(
+            UserError, match=rf"(?i)licence is '{given}', but FROM='.*' says .*cc-by-nc.*leave --licence out"
+        ):
+            command.import_model(config)
+        assert not (tmp_path / "ours").exists()
+        return
+    info = weights.read_info(command.import_model(config))
+    assert info["licence"] == made
+    assert ("not for commercial use" in weights.notice(info)) is not commercial
+
+
+def test_the_licence_of_an_import_is_inherited_beside_those_it_inherits(tmp_path: Path) -> None:
+    folder = released(CONFIG, tmp_path, licence="CC-BY-NC-4.0")
+    about = json.loads((folder / "config.json").read_text())
+    about["inherited"] = [{"model": "theirs", "licence": "Apache-2.0"}]
+    (folder / "config.json").write_text(json.dumps(about))
+    assert command.main(["export", "--model", str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert command.main(["import", "--source", str(tmp_path / "out"), "--out", str(tmp_path / "back")]) == 0
+    own = {"model": str(tmp_path / "out"), "licence": "CC-BY-NC-4.0"}
+    assert weights.inherited(tmp_path / "back") == [own, *about["inherited"]]
+
+
+@pytest.mark.parametrize(
     "pattern",
     ["parallel", "partial_delay", "flattening", "partial_flattening", "coarse_first", "musiclm", "stereo_delay"],
 )
