@@ -8,6 +8,7 @@ writes marked files, at once or piece by piece.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import sys
@@ -18,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -173,11 +173,12 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("device 'meta' holds no numbers; give cpu or auto")
     _check_out(config.out, config.stream)
     model = load(config.model, config.codec, config.device, config.precision, config.base)
-    request, told = _request(model, prompt, config)
+    request, heard = _request(model, prompt, config)
     for hint in hints(model, prompt, config.duration):
         print(f"warning: {hint}", file=sys.stderr)
-    told["precision"] = config.precision
-    marks = [marking(model, prompt, s, config.duration, config.sampling, **told) for s in request.seeds]
+    marks = [marking(model, request, row) for row in range(config.clips)]
+    for mark in marks:
+        mark.update({name: mark[name] | told for name, told in heard.items()})
     began = time.perf_counter()
     if config.stream:
         peak, first = _write_stream(model, request, marks[0], config)
@@ -195,13 +196,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tuple[Request, dict[str, Any]]:
-    """The command's request, and what the marking says about it beside prompt and sampling.
+def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tuple[Request, dict[str, dict[str, Any]]]:
+    """The command's request, and what the marking says beside it of each file that is heard, by its setting.
 
     Whether it can be made is asked before the sounds in it are read.
     """
-    many, told = config.clips, dict[str, Any]()
-    negatives = None
+    many, negatives = config.clips, None
     for scale, sound in (("guidance_melody", config.melody), ("guidance_style", config.style)):
         if getattr(config.sampling, scale) is not None and not sound:
             print(f"warning: sampling.{scale} acts on a {scale.split('_')[1].upper()}; there is none", file=sys.stderr)
@@ -212,7 +212,6 @@ def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tup
                 "give --sampling.guidance 3, or leave the negative prompt out"
             )
         negatives = [config.negative_prompt.strip()] * many
-        told["negative_prompt"] = negatives[0]
     request = Request(
         [prompt] * many,
         config.duration,
@@ -225,51 +224,46 @@ def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tup
         styles=torch.zeros(many, model.codec.num_codebooks, 1, dtype=torch.long) if config.style else None,
     )
     check(model, request)
-    given: Tensor | None = None
-    if config.prompt_audio:
-        given = encode_audio(model, _prompt_audio(model, config))
-        told["prompt_audio_seconds"] = given.shape[2] / model.codec.frame_rate
-    if config.attributes:
-        told["attributes"] = dict(config.attributes)
-    melodies = None
+    sounds, heard = dict[str, Any](), dict[str, dict[str, Any]]()
+    for name, part, read in (
+        ("prompt_audio", "given", _prompt_audio),
+        ("melody", "melodies", _melody),
+        ("style", "styles", _style),
+    ):
+        if getattr(config, name):
+            digest = hashlib.sha256()
+            one = read(model, config, digest)
+            sounds[part] = one.expand(many, *one.shape[1:])
+            heard[name] = {"file_sha256": digest.hexdigest()}
     if config.melody:
-        melodies = _melody(model, config)
-        told["melody"] = {"stems": config.melody_stems, "frames": melodies.shape[1]}
-    styles = None
-    if config.style:
-        styles = _style(model, config)
-        told["style"] = {"seconds": styles.shape[2] / model.codec.frame_rate}
-    request = replace(
-        request,
-        given=given if given is None else given.expand(many, -1, -1),
-        melodies=melodies if melodies is None else melodies.expand(many, -1),
-        styles=styles if styles is None else styles.expand(many, -1, -1),
-    )
-    return request, told
+        heard["melody"]["stems"] = config.melody_stems
+    return replace(request, **sounds), heard
 
 
-def _prompt_audio(model: MusicGen, config: GenerateConfig) -> np.ndarray:
-    """Sound `[C, N]` that the clip begins with, refused before it is encoded where it leaves nothing to make."""
+def _prompt_audio(model: MusicGen, config: GenerateConfig, digest: hashlib._Hash) -> Tensor:
+    """Codes `[1, K, P]` that the clip begins with, of sound that is refused first where it leaves nothing to make."""
     codec, limit = model.codec, min(config.prompt_seconds or MAX_SECONDS, config.duration)
-    sound = listen.read(config.prompt_audio, codec.sample_rate, codec.channels, what="AUDIO", max_seconds=limit)
+    sound = listen.read(
+        config.prompt_audio, codec.sample_rate, codec.channels, what="AUDIO", max_seconds=limit, digest=digest
+    )
     if sound.shape[1] >= round(config.duration * codec.sample_rate):
         raise UserError(
             f"AUDIO={config.prompt_audio!r} is {config.duration:g} s long or longer and DURATION={config.duration:g} "
             "counts it in, so nothing is left to make; give a longer DURATION or less of it (--prompt_seconds)"
         )
-    return sound
+    return encode_audio(model, sound)
 
 
-def _melody(model: MusicGen, config: GenerateConfig) -> Tensor:
+def _melody(model: MusicGen, config: GenerateConfig, digest: hashlib._Hash) -> Tensor:
     """Pitch classes `[1, C]` of as much of the melody file as the clip can hear: its last window may begin anywhere."""
     rate = model.codec.sample_rate
     heard = config.duration + (model.lm.config.condition.chroma_frames * CHROMA_HOP + CHROMA_WINDOW) / rate
     limit = min(heard, listen.MAX_SECONDS)
     if config.melody_stems:
-        sound = listen.read(config.melody, stems.SAMPLE_RATE, 2, what="MELODY", max_seconds=limit)
+        sound = listen.read(config.melody, stems.SAMPLE_RATE, 2, what="MELODY", max_seconds=limit, digest=digest)
         sound = stems.melody(sound, rate)
     else:
-        sound = listen.read(config.melody, rate, 1, what="MELODY", max_seconds=limit)[0]
+        sound = listen.read(config.melody, rate, 1, what="MELODY", max_seconds=limit, digest=digest)[0]
     if len(sound) < CHROMA_WINDOW:
         raise UserError(
             f"MELODY={config.melody!r} is {len(sound) / rate:.2f} s long; a melody needs at least "
@@ -284,11 +278,13 @@ def _melody(model: MusicGen, config: GenerateConfig) -> Tensor:
     return bins
 
 
-def _style(model: MusicGen, config: GenerateConfig) -> Tensor:
+def _style(model: MusicGen, config: GenerateConfig, digest: hashlib._Hash) -> Tensor:
     """Codes `[1, K, F]` of an excerpt from the middle of the style file, as long as the mean one of the training."""
     codec, style = model.codec, model.lm.config.condition.style
     wanted = (style.min_seconds + style.max_seconds) / 2
-    excerpt, seconds = listen.read_middle(config.style, codec.sample_rate, codec.channels, what="STYLE", seconds=wanted)
+    excerpt, seconds = listen.read_middle(
+        config.style, codec.sample_rate, codec.channels, what="STYLE", seconds=wanted, digest=digest
+    )
     if seconds < style.min_seconds:
         raise UserError(
             f"STYLE={config.style!r} is {seconds:.2f} s long; a style needs at least {style.min_seconds:g} s of music"

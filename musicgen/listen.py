@@ -8,6 +8,7 @@ differ from the first are left out: damaged AAC otherwise crashes the conversion
 
 from __future__ import annotations
 
+import hashlib
 import io
 import stat
 from collections.abc import Iterator
@@ -25,20 +26,29 @@ _MAX_PIPE = 2**30  # bytes of what is no file, such as a pipe, which has to be r
 _MARGIN_SECONDS = 0.5  # around an excerpt, so that resampling begins and ends outside of it
 
 
-def read(path: str, sample_rate_hz: int, channels: int, *, what: str, max_seconds: float = MAX_SECONDS) -> np.ndarray:
+def read(
+    path: str,
+    sample_rate_hz: int,
+    channels: int,
+    *,
+    what: str,
+    max_seconds: float = MAX_SECONDS,
+    digest: hashlib._Hash | None = None,
+) -> np.ndarray:
     """Sound of a file as float32 `[channels, N]` at `sample_rate_hz`.
 
     Args:
         path: a path or URI.
         channels: 1 (mean of the file's channels) or 2.
         what: how the user named it, such as `MELODY`.
-        max_seconds: the rest of a longer file is left out, unread.
+        max_seconds: the rest of a longer file is left out, not decoded.
+        digest: one of hashlib's, to take up the bytes of the whole file.
 
     Raises:
         UserError: no such file, not audio, no sound in it, or samples that are not finite.
     """
     name = f"{what}={path!r}"
-    with _opened(path, what) as file:
+    with _opened(path, what, digest) as file:
         parts, samples, rate = [], 0, 0
         for pcm, rate in _blocks(file, name):
             parts.append(_mixed(pcm, channels, name))
@@ -50,7 +60,7 @@ def read(path: str, sample_rate_hz: int, channels: int, *, what: str, max_second
 
 
 def read_middle(
-    path: str, sample_rate_hz: int, channels: int, *, what: str, seconds: float
+    path: str, sample_rate_hz: int, channels: int, *, what: str, seconds: float, digest: hashlib._Hash | None = None
 ) -> tuple[np.ndarray, float]:
     """An excerpt of so many seconds from the middle of a file, the whole of a shorter one, and the file's seconds.
 
@@ -58,7 +68,7 @@ def read_middle(
     the first hour counts. For arguments and errors see `read`.
     """
     name = f"{what}={path!r}"
-    with _opened(path, what) as file:
+    with _opened(path, what, digest) as file:
         length, rate = 0, 1
         for pcm, rate in _blocks(file, name):
             length = min(length + pcm.shape[1], round(MAX_SECONDS * rate))
@@ -86,25 +96,33 @@ def read_middle(
 
 
 @contextmanager
-def _opened(path: str, what: str) -> Iterator[BinaryIO]:
-    """The file, to be read from any place in it."""
+def _opened(path: str, what: str, digest: hashlib._Hash | None) -> Iterator[BinaryIO]:
+    """The file, to be read from any place in it, after `digest` has taken up its bytes."""
     local = files.local_path(path)
     try:
         if local is None:
-            yield io.BytesIO(files.read_bytes(path))
+            yield _digested(io.BytesIO(files.read_bytes(path)), digest)
             return
         with local.open("rb") as file:
             if stat.S_ISREG(local.stat().st_mode):
-                yield file
+                yield _digested(file, digest)
                 return
             raw = file.read(_MAX_PIPE + 1)
         if len(raw) > _MAX_PIPE:
             raise UserError(f"{what}={path!r} is no file and does not end within 1 GiB; give an audio file")
-        yield io.BytesIO(raw)
+        yield _digested(io.BytesIO(raw), digest)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{what}={path!r} does not exist; give an audio file") from None
     except OSError as error:
         raise UserError(f"{what}={path!r} cannot be read: {error.strerror or error}; give an audio file") from None
+
+
+def _digested(file: Any, digest: hashlib._Hash | None) -> BinaryIO:
+    """The file at its start, its bytes taken up by `digest`."""
+    if digest is not None:
+        hashlib.file_digest(file, lambda: digest)
+        file.seek(0)
+    return file
 
 
 def _blocks(file: BinaryIO, name: str) -> Iterator[tuple[np.ndarray, int]]:

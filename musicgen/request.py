@@ -10,6 +10,8 @@ Source: Copet et al. 2023, sections 2.2, 2.3 and 3.4.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musicgen import about, attributes, memory, settings, style
+from musicgen import about, attributes, files, memory, settings, stereo, style
 from musicgen.chroma import NONE
 from musicgen.conditions import Conditions
 from musicgen.engine import Engine
@@ -311,25 +313,65 @@ def encode_audio(model: MusicGen, audio: np.ndarray) -> Tensor:
     return torch.from_numpy(model.codec.encode_track(audio).astype(np.int64))[None]
 
 
-def marking(
-    model: MusicGen, prompt: str | None, seed: int, duration_seconds: float, config: SamplingConfig, **more: Any
-) -> dict[str, Any]:
-    """The record that a generated file carries: that it is generated, by which model, from what (`more` included)."""
-    training = model.info.get("training", {})
+def marking(model: MusicGen, request: Request, row: int = 0) -> dict[str, Any]:
+    """The record that the file of one clip carries: that it is generated, by which model, under which licences, and
+    all in the request that decides how it sounds. JSON can hold it, and of places on this machine it keeps the names.
+
+    Sounds are told by the SHA-256 of what the model hears of them: codes as int64, pitch classes as uint8.
+    """
+    info = model.info
+    training = info.get("training", {})
+    origin = {key: info[key] for key in ("inherited", "base", "merged") if info.get(key)}
     return {
         "generated": True,
         "software": about.software(),
-        "model": {"sha256": model.info.get("weights", {}).get("sha256"), "step": training.get("step")},
+        "model": {"sha256": info.get("weights", {}).get("sha256"), "step": training.get("step")},
         "data_version": training.get("data_version"),
-        "codec": model.info["codec"],
-        "text_encoder": model.info["text_encoder"],
-        "licence": model.info.get("licence"),
-        "prompt": prompt,
-        "seed": seed,
-        "duration_seconds": duration_seconds,
-        "sampling": settings.to_dict(config),
-        **more,
+        **_named({"codec": info["codec"], "text_encoder": info["text_encoder"], **origin}),
+        "licence": info.get("licence"),
+        "precision": model.engine.precision if model.engine else "float32",
+        "prompt": request.prompts[row],
+        "seed": int(request.seeds[row]),
+        "duration_seconds": float(request.duration_seconds),
+        "sampling": settings.to_dict(request.sampling),
+        **_controls(model, request, row),
     }
+
+
+def _controls(model: MusicGen, request: Request, row: int) -> dict[str, Any]:
+    """What the marking says of one row beside prompt and sampling, as far as there is any."""
+    windows, rate, told = _windows(model, request), model.codec.frame_rate, dict[str, Any]()
+    if windows.total > windows.window:
+        told["extend_stride"] = windows.stride / rate
+    if request.negatives is not None and request.negatives[row] is not None:
+        told["negative_prompt"] = request.negatives[row]
+    if request.attributes is not None and request.attributes[row]:
+        told["attributes"] = json.loads(json.dumps(dict(request.attributes[row]), default=str))
+    if request.given is not None and request.given.shape[2]:
+        given = request.given[row].long()
+        told["prompt_audio"] = {"seconds": given.shape[1] / rate, "codes_sha256": _sha256(given)}
+    if request.melodies is not None and bool((request.melodies[row] != NONE).any()):
+        melody = request.melodies[row].to(torch.uint8)
+        told["melody"] = {"frames": len(melody), "pitch_classes_sha256": _sha256(melody)}
+    if request.styles is not None and bool((heard := (request.styles[row] != style.NONE).all(dim=0)).any()):
+        excerpt = request.styles[row][:, heard].long()
+        told["style"] = {"seconds": excerpt.shape[1] / rate, "codes_sha256": _sha256(excerpt)}
+    return told
+
+
+def _sha256(heard: Tensor) -> str:
+    return hashlib.sha256(heard.cpu().numpy().tobytes()).hexdigest()
+
+
+def _named(told: Any) -> Any:
+    """The same, where of every absolute path the last part alone is left."""
+    if isinstance(told, dict):
+        return {key: _named(value) for key, value in told.items()}
+    if isinstance(told, list):
+        return [_named(value) for value in told]
+    prefix = stereo.PREFIX if isinstance(told, str) and told.startswith(stereo.PREFIX) else ""
+    place = files.local_path(told.removeprefix(prefix)) if isinstance(told, str) else None
+    return f"{prefix}{place.name}" if place is not None and place.is_absolute() else told
 
 
 EMPTY_PROMPT = (

@@ -186,7 +186,7 @@ def make_clips(
         sound, _ = generate.generate(model, prompts, seconds, seeds, config, columns)
         for i, (track, clip) in enumerate(zip(tracks, sound.numpy())):
             file = f"{i:02d}-{kind}.wav"
-            mark = generate.marking(model, track.prompt, seeds[i], seconds, config)
+            mark = generate.marking(model, generate.Request([track.prompt], seconds, [seeds[i]], config))
             wav.write(folder / file, clip, model.codec.sample_rate, mark)
             clips.append(_describe(kind, file, track, seeds[i], clip, model.codec.sample_rate))
     real = originals(catalog_uri, tracks, codec, seconds)

@@ -214,7 +214,7 @@ def _generated(
             clips.append(measure(model, styles, index, tokens, sound, asked=name, prompt=prompt, seed=seed))
             if config.clips:
                 path = files.join(config.clips, f"{name.replace('/', '-').replace(' ', '-')}-{seed}.wav")
-                mark = generate.marking(model, prompt, seed, config.duration, config.sampling)
+                mark = generate.marking(model, generate.Request([prompt], config.duration, [seed], config.sampling))
                 wav.write(path, sound, model.codec.sample_rate, mark)
     return clips
 

@@ -250,7 +250,7 @@ def make_clip(
     model = generate.MusicGen(lm, codec, module.encoder, info(module.encoder, module.progress))
     sampling = SamplingConfig(top_k=min(SamplingConfig().top_k, lm.config.codebook_size))
     audio, _ = generate.generate(model, [prompt], seconds, [seed], sampling)
-    mark = generate.marking(model, prompt, seed, seconds, sampling)
+    mark = generate.marking(model, generate.Request([prompt], seconds, [seed], sampling))
     wav.write(str(path), audio[0], codec.sample_rate, mark)
     module.encoder.to(module.device)
     return {"seed": seed, "duration_seconds": seconds}

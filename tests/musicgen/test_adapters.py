@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from musicgen import adapters, generate, weights
+from musicgen import adapters, generate, wav, weights
 from musicgen.adapters import AdapterConfig
 from musicgen.config import LMConfig
 from musicgen.errors import UserError
@@ -177,6 +177,12 @@ def test_generate_takes_an_adapter_and_merge_makes_the_same_model(
     info = weights.read_info(tmp_path / "whole")
     assert info["merged"]["base"]["name"] == str(place / "base" / "release")
     assert info["inherited"] == [{"model": str(place / "base" / "release"), "licence": "Apache-2.0"}]
+    adapted, whole = (wav.read_marking(tmp_path / f"{name}.wav") for name in "ab")
+    digest = weights.read_info(place / "base" / "release")["weights"]["sha256"]
+    assert adapted["base"] == {"name": "release", "identity": digest, "licence": "Apache-2.0"}
+    assert whole["merged"] == {"base": adapted["base"], "adapter": adapted["model"]["sha256"]}
+    assert adapted["inherited"] == whole["inherited"] == [{"model": "release", "licence": "Apache-2.0"}]
+    assert "base" not in whole and not {"base", "merged", "inherited"} & wav.read_marking(tmp_path / "c.wav").keys()
     with pytest.raises(UserError, match="is a whole model already"):
         command.merge_model(command.MergeConfig(str(tmp_path / "whole"), str(tmp_path / "more")))
     with pytest.raises(UserError, match="exists and is not empty; give a new folder"):

@@ -3,10 +3,13 @@ an audio prompt, a stream; another one changes the output, and what the model la
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,13 +123,60 @@ def command(folder: Path, model: str, *arguments: str) -> int:
     return generate.main([*common, "--out", str(folder / "out.wav"), *arguments])
 
 
+def sha256(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
+
+
 def test_command_follows_a_melody_file(folder: Path) -> None:
     made = []
     for name in ("a.flac", "c.ogg"):
         assert command(folder, "melody", "--melody", str(folder / name)) == 0
         made.append(soundfile.read(folder / "out.wav")[0])
     assert not np.array_equal(*made)
-    assert wav.read_marking(folder / "out.wav")["melody"] == {"stems": False, "frames": 8}
+    melody = wav.read_marking(folder / "out.wav")["melody"]
+    heard = melody.pop("pitch_classes_sha256")
+    assert melody == {"stems": False, "frames": 8, "file_sha256": sha256((folder / "c.ogg").read_bytes())}
+    model = generate.load(folder / "melody" / "release")
+    sound = generate.listen.read(str(folder / "c.ogg"), 32_000, 1, what="MELODY")[0]
+    request = generate.Request(["waltz"], 0.6, [0], melodies=bins(sound))
+    assert generate.marking(model, request)["melody"] == {"frames": 8, "pitch_classes_sha256": heard}
+
+
+def test_the_marking_tells_clips_apart(folder: Path, tmp_path: Path) -> None:
+    """Two clips of one prompt and seed that differ in anything else differ in their marking, by command as by call."""
+    soundfile.write(tmp_path / "a.wav", tune(440.0), 32_000)
+    soundfile.write(tmp_path / "c.wav", tune(261.6), 32_000)
+    marks = []
+    for more in (
+        ["--prompt_audio", f"{tmp_path}/a.wav"],
+        ["--prompt_audio", f"{tmp_path}/c.wav"],
+        ["--extend_stride", "0.4"],
+        ["--extend_stride", "0.5"],
+        [],
+    ):
+        command(folder, "text", "--duration", "1.4", *more)
+        marks.append(wav.read_marking(folder / "out.wav"))
+        assert str(tmp_path) not in repr(marks[-1])
+    assert [m["extend_stride"] for m in marks[2:]] == [0.4, 0.5, 0.6]
+    assert [m["prompt_audio"]["file_sha256"] for m in marks[:2]] == [
+        sha256((tmp_path / name).read_bytes()) for name in ("a.wav", "c.wav")
+    ]
+    command(folder, "text", "--extend_stride", "0.4")
+    assert "extend_stride" not in wav.read_marking(folder / "out.wav"), "a clip of one window has none"
+
+    model = generate.load(folder / "melody" / "release")
+    given = torch.zeros(2, 4, 5, dtype=torch.long)
+    given[1] = 1
+    request = generate.Request(
+        ["waltz"] * 2, 1.4, [1, 1], given=given, melodies=torch.cat([bins(tune(440.0)), torch.full((1, 8), 255)])
+    )
+    first, second = (generate.marking(model, request, row) for row in (0, 1))
+    assert first["prompt_audio"] == {"seconds": 0.1, "codes_sha256": sha256(np.zeros((4, 5), np.int64).tobytes())}
+    assert first["prompt_audio"] != second["prompt_audio"] and "melody" in first and "melody" not in second
+    assert json.dumps(first) and first["precision"] == "float32"
+    seeds: Any = np.arange(1)
+    request = generate.Request(["waltz"], np.float32(0.6), seeds, attributes=[{"tempo": np.float32(90)}])
+    assert json.dumps(generate.marking(model, request)), "with numpy's numbers too"
 
 
 @pytest.mark.parametrize(
@@ -154,9 +204,9 @@ def test_of_a_long_file_the_command_reads_what_the_clip_can_hear(folder: Path, m
     asked: dict[str, float] = {}
     real = generate.listen.read
 
-    def watched(*arguments: object, what: str, max_seconds: float = 3600.0) -> np.ndarray:
+    def watched(*arguments: Any, what: str, max_seconds: float, digest: Any) -> np.ndarray:
         asked[what] = max_seconds
-        return real(*arguments, what=what, max_seconds=max_seconds)  # type: ignore[arg-type]
+        return real(*arguments, what=what, max_seconds=max_seconds, digest=digest)
 
     monkeypatch.setattr(generate.listen, "read", watched)
     assert command(folder, "melody", "--melody", str(folder / "a.flac")) == 0
@@ -181,7 +231,7 @@ def test_command_sets_attributes_continues_and_streams(folder: Path, capsys: pyt
     assert wav.read_marking(folder / "out.wav") == wav.read_marking(folder / "whole.wav")
     assert command(folder, "text", "--prompt_audio", str(folder / "a.flac"), "--prompt_seconds", "0.3") == 0
     mark = wav.read_marking(folder / "out.wav")
-    assert mark["prompt_audio_seconds"] == pytest.approx(0.3)
+    assert mark["prompt_audio"]["seconds"] == pytest.approx(0.3)
     assert b"from 0.3 s on; what comes before is a recording" in (folder / "out.wav").read_bytes()
 
 

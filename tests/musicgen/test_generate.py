@@ -212,10 +212,10 @@ def test_command_same_seed_same_bytes_and_marking(release: Path, tmp_path: Path)
     info = weights.read_info(release)
     assert mark["generated"] is True and mark["prompt"] == prompt and mark["seed"] == 7
     assert mark["model"]["sha256"] == info["weights"]["sha256"]
-    assert mark["codec"] == info["codec"] and mark["data_version"] == "d1"
+    assert mark["codec"] == info["codec"] | {"name": "codec"} and mark["data_version"] == "d1"
     sampling = {"top_k": 250, "top_p": 0.0, "temperature": 1.0, "guidance": 3.0}
     assert mark["sampling"] == sampling | {"guidance_melody": None, "guidance_style": None, "guidance_over_time": []}
-    assert str(tmp_path) not in {**mark, "codec": ""}.__repr__()
+    assert str(release.parent) not in repr(mark) and str(tmp_path) not in repr(mark)
 
 
 @pytest.mark.parametrize(

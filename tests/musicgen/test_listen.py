@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,10 @@ def test_the_middle_of_a_file_is_that_of_the_whole(tmp_path: Path, rate: int, su
     assert seconds == pytest.approx(7 + 1234 / rate) and middle.shape == (1, 96_000)
     start = (whole.shape[1] - 96_000) // 2
     assert np.abs(middle - whole[:, start : start + 96_000]).max() < 1e-4
-    short, _ = listen.read_middle(path, 32_000, 1, what="STYLE", seconds=60.0)
+    digest = hashlib.sha256()
+    short, _ = listen.read_middle(path, 32_000, 1, what="STYLE", seconds=60.0, digest=digest)
     assert np.abs(short - whole).max() < 1e-4
+    assert digest.hexdigest() == hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def test_of_a_long_file_no_more_is_held_than_is_asked_for(tmp_path: Path) -> None:

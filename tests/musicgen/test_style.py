@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,7 +191,14 @@ def test_command_plays_in_the_style_of_a_file(folder: Path) -> None:
         assert command(folder, "styled", "--style", str(folder / name)) == 0
         made.append((folder / "out.wav").read_bytes())
     assert made[0] == made[2] != made[1]
-    assert wav.read_marking(folder / "out.wav")["style"] == {"seconds": 3.0}
+    told = wav.read_marking(folder / "out.wav")["style"]
+    digest = hashlib.sha256((folder / "0.flac").read_bytes()).hexdigest()
+    assert told.items() >= {"seconds": 3.0, "file_sha256": digest}.items()
+    music = generate.load(folder / "styled" / "release")
+    excerpt, _ = generate.listen.read_middle(str(folder / "0.flac"), 32_000, 1, what="STYLE", seconds=3.0)
+    styles = torch.nn.functional.pad(generate.encode_audio(music, excerpt), (0, 9), value=NONE)
+    mark = generate.marking(music, generate.Request([None], 0.6, [0], styles=styles))
+    assert mark["style"] == {"seconds": 3.0, "codes_sha256": told["codes_sha256"]}, "in a batch, beside a longer one"
 
 
 @pytest.mark.parametrize(
