@@ -79,7 +79,7 @@ class AttributeConfig:
         A text that is a label as it stands, such as "Folk, World, & Country", is that label.
 
         Raises:
-            UserError: an unknown label, with the nearest known one; what is not a number; a number out of range.
+            UserError: an unknown label, with the nearest known one; what is no label or number; a number out of range.
         """
         out = np.zeros(self.size, dtype=np.float32)
         if self.bins:
@@ -87,6 +87,11 @@ class AttributeConfig:
             below = min(int(place), self.bins - 2)
             out[below], out[below + 1] = below + 1 - place, place - below
             return out
+        if not isinstance(value, Iterable):
+            raise UserError(
+                f"attribute {self.name!r} is {value!r}; give a label or several in a list. Known: "
+                + ", ".join(self.values)
+            )
         given = [value] if isinstance(value, str) and _plain(value) in self._rows else value
         labels = [v for v in (given.split(",") if isinstance(given, str) else given) if str(v).strip()]
         for label in labels:

@@ -251,6 +251,11 @@ def _prompt_audio(model: MusicGen, config: GenerateConfig, digest: hashlib._Hash
             f"AUDIO={config.prompt_audio!r} is {config.duration:g} s long or longer and DURATION={config.duration:g} "
             "counts it in, so nothing is left to make; give a longer DURATION or less of it (--prompt_seconds)"
         )
+    if sound.shape[1] < codec.hop:
+        least = f"an audio prompt needs at least {codec.hop / codec.sample_rate:g} s, one frame of the codec"
+        if 0 < config.prompt_seconds < codec.hop / codec.sample_rate:
+            raise UserError(f"prompt_seconds is {config.prompt_seconds:g}; {least}, and 0 takes all of AUDIO")
+        raise UserError(f"AUDIO={config.prompt_audio!r} is {sound.shape[1] / codec.sample_rate:g} s long; {least}")
     return encode_audio(model, sound)
 
 

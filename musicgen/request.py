@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from musicgen import about, attributes, files, memory, settings, stereo, style
-from musicgen.chroma import NONE
+from musicgen.chroma import NONE, NUM_CHROMA
 from musicgen.conditions import Conditions
 from musicgen.engine import Engine
 from musicgen.errors import UserError
@@ -57,6 +57,7 @@ class Request:
 
     Raises:
         UserError: an empty prompt, an impossible duration or stride, an audio prompt that leaves nothing to make.
+        ValueError: other than a row of each for every prompt, tensors of another shape, no pitch classes.
     """
 
     prompts: Sequence[str | None]
@@ -74,12 +75,20 @@ class Request:
         check_duration(self.duration_seconds)
         if not self.prompts:
             raise ValueError("there is no prompt to generate for; give at least one (None is unconditional)")
-        if len(self.seeds) != len(self.prompts):
-            raise ValueError(f"{len(self.prompts)} prompts need {len(self.prompts)} seeds, got {len(self.seeds)}")
-        if self.negatives is not None and len(self.negatives) != len(self.prompts):
-            raise ValueError(f"{len(self.prompts)} prompts need as many negatives, got {len(self.negatives)}")
-        if self.attributes is not None and len(self.attributes) != len(self.prompts):
-            raise ValueError(f"{len(self.prompts)} prompts need as many attributes, got {len(self.attributes)}")
+        for name, axes in (("given", "[B, K, P]"), ("melodies", "[B, C]"), ("styles", "[B, K, F]")):
+            sound: Tensor | None = getattr(self, name)
+            if sound is not None and (sound.ndim != len(axes.split(",")) or sound.is_floating_point()):
+                raise ValueError(f"{name} is {list(sound.shape)} {sound.dtype}; give whole numbers of shape {axes}")
+            if sound is not None and not sound.shape[-1] and name != "given":
+                raise ValueError(f"{name} is {list(sound.shape)}, which holds nothing; leave it out, or give a frame")
+        for name in ("seeds", "negatives", "attributes", "given", "melodies", "styles"):
+            rows = getattr(self, name)
+            if rows is not None and len(rows) != len(self.prompts):
+                raise ValueError(f"{len(self.prompts)} prompts need {len(self.prompts)} {name}, got {len(rows)}")
+        if self.melodies is not None:
+            odd = self.melodies[((self.melodies < 0) | (self.melodies >= NUM_CHROMA)) & (self.melodies != NONE)]
+            if len(odd):
+                raise ValueError(f"melodies holds {int(odd[0])}; a pitch class is 0 (C) to 11 (B), or {NONE} for none")
         if any(prompt is not None and not prompt.strip() for prompt in self.prompts):
             raise UserError(EMPTY_PROMPT)
 
@@ -195,7 +204,7 @@ def _attributes(model: MusicGen, request: Request) -> Tensor | None:
 def check(model: MusicGen, request: Request, engine: Engine | None = None) -> Windows:
     """Refuse what this model or this machine cannot make, before anything is encoded.
 
-    Of the sounds in a request only shapes count, so that it can be asked before they are read.
+    Zeros can stand for the sounds in a request, one frame of each, so that it can be asked before they are read.
 
     Args:
         engine: the model packed for stepping, where it is not `model.engine`.
@@ -204,7 +213,8 @@ def check(model: MusicGen, request: Request, engine: Engine | None = None) -> Wi
         how the clips are cut.
 
     Raises:
-        UserError: what `Request` refuses for a model, top_k beyond the codebook, more than the memory holds.
+        UserError: what `Request` refuses for a model, top_k beyond the codebook, codes that are not the codec's, more
+            than the memory holds.
     """
     size = model.lm.config.codebook_size
     if request.sampling.top_k > size:
@@ -213,6 +223,10 @@ def check(model: MusicGen, request: Request, engine: Engine | None = None) -> Wi
         )
     windows = _windows(model, request)
     _refuse_unheard(model, request)
+    if request.given is not None:
+        model.codec.check_codes(request.given)
+    if request.styles is not None:
+        model.codec.check_codes(request.styles.where(request.styles != style.NONE, 0))
     texts = [text or "" for text in (*request.prompts, *(request.negatives or ()))]
     encoder: Any = model.text_encoder.model.config
     load = memory.Load(
@@ -299,7 +313,7 @@ def generate(
         audio [B, C, N] float32, N = duration x sample rate, and codes [B, K, T] int64, on the CPU.
 
     Raises:
-        UserError: what `Request` refuses, top_k beyond the codebook, more than the memory holds.
+        UserError, ValueError: what `Request` and `check` refuse.
     """
     request = Request(prompts, duration_seconds, seeds, config or SamplingConfig(), **more)
     made = torch.cat(list(codes(model, request, progress)), dim=2).cpu()

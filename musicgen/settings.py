@@ -105,6 +105,28 @@ def _no_group(name: str, given: str, kind: Any, where: str) -> SettingsError:
     )
 
 
+def _mappings(config_class: type) -> list[str]:
+    """The settings that are mappings of texts."""
+    return [name for name, kind in typing.get_type_hints(config_class).items() if kind == dict[str, str]]
+
+
+def _texts_apart(tokens: Sequence[str], config_class: type) -> tuple[list[str], dict[str, str]]:
+    """The words with a mark in place of each text of a mapping, which jsonargparse would read as YAML
+    (`--attributes.genre "r&b: soul"`); the texts by their marks."""
+    starts = tuple(f"--{name}." for name in _mappings(config_class))
+    out, texts = list(tokens), dict[str, str]()
+    for place, token in enumerate(tokens):
+        if not token.startswith(starts):
+            continue
+        name, equals, text = token.partition("=")
+        mark = f"\ue000{place}"
+        if equals:
+            out[place], texts[mark] = f"{name}={mark}", text
+        elif place + 1 < len(tokens) and not tokens[place + 1].startswith("--"):
+            out[place + 1], texts[mark] = mark, tokens[place + 1]
+    return out, texts
+
+
 def _said(error: Exception, config_class: type) -> str:
     """What jsonargparse said; of a group or a list that was given as something else in words of our own."""
     text = str(error)
@@ -169,7 +191,7 @@ def parse(config_class: type[T], argv: Sequence[str], *, layers: Sequence[str | 
     tokens: list[str] = []
     for layer in layers:
         tokens += ["--config", str(layer)]
-    tokens += list(argv)
+    tokens, texts = _texts_apart([*tokens, *argv], config_class)
     given = [t[2:].split("=", 1)[0] for t in tokens if t.startswith("--")]
     _reject_unknown([g for g in given if g != "config"], config_class, "the command line (ARGS)")
     kept: list[str] = []
@@ -196,6 +218,8 @@ def parse(config_class: type[T], argv: Sequence[str], *, layers: Sequence[str | 
     except Exception as error:
         raise SettingsError(_said(error, config_class)) from error
     values = {f.name: getattr(built, f.name) for f in dataclasses.fields(cast(Any, config_class))}
+    for name in _mappings(config_class):
+        values[name] = {key: texts.get(text, text) for key, text in values[name].items()}
     try:
         config = config_class(**values)
     except (TypeError, ValueError) as error:

@@ -25,6 +25,7 @@ class Config:
 
     seed: int = 1
     name: str | None = None
+    words: dict[str, str] = field(default_factory=dict)
     optim: Optim = field(default_factory=Optim)
 
 
@@ -37,8 +38,24 @@ def test_layers_then_overrides(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ["jazz", "r&b: soul", "null", "[a]", "{a: b}", "# 1", "- x", '"q"', "5", "1e3", "a=b", "-3", "", " "]
+)
+def test_a_text_is_no_yaml(text: str, tmp_path: Path) -> None:
+    """A text in a mapping of texts is taken as it was typed."""
+    assert parse(Config, ["--words.genre", text, "--seed", "3"]) == Config(seed=3, words={"genre": text})
+    assert parse(Config, [f"--words.genre={text}", "--words.mood", "sad"]).words == {"genre": text, "mood": "sad"}
+    layer = tmp_path / "a.yaml"
+    layer.write_text('words: {genre: folk, key: "a: b"}\n')
+    both = parse(Config, ["--words.genre", text], layers=[layer])
+    assert both.words == {"genre": text, "key": "a: b"}
+    assert parse(Config, ["--words.genre", text, "--config", str(layer)]).words["genre"] == "folk", "later ones win"
+
+
+@pytest.mark.parametrize(
     ("argv", "told"),
     [
+        (["--words.genre"], "expected (one|1) argument"),
+        (["--words.genre", "--seed", "3"], "expected (one|1) argument"),
         (["--optim.lrr", "1"], "did you mean 'optim.lr'"),
         (["--lr", "1"], "did you mean 'optim.lr'"),
         (["--sed=3"], "did you mean 'seed'"),

@@ -41,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     soundfile.write(folder / "a.flac", tune(440.0), 32_000)
     soundfile.write(folder / "c.ogg", tune(261.6), 32_000)
     soundfile.write(folder / "short.wav", tune(440.0, 0.3), 32_000)
+    soundfile.write(folder / "click.wav", tune(440.0, 0.000125), 32_000)
     soundfile.write(folder / "silent.wav", np.zeros(32_000), 32_000)
     return folder
 
@@ -118,6 +119,36 @@ def test_what_the_model_lacks_is_said(folder: Path) -> None:
         generate.generate(model, ["waltz"], 0.6, [1], attributes=[{"genre": "jazz"}])
 
 
+@pytest.mark.parametrize(
+    ("melodies", "message"),
+    [
+        (torch.zeros(2, 5, dtype=torch.uint8), "1 prompts need 1 melodies, got 2"),
+        (torch.zeros(5, dtype=torch.uint8), r"melodies is \[5\] torch.uint8; give whole numbers of shape \[B, C\]"),
+        (
+            torch.zeros(1, 0, dtype=torch.uint8),
+            r"melodies is \[1, 0\], which holds nothing; leave it out, or give a frame",
+        ),
+        (
+            torch.tensor([[3, 255, 40]], dtype=torch.uint8),
+            r"melodies holds 40; a pitch class is 0 \(C\) to 11 \(B\), or 255",
+        ),
+        (torch.tensor([[3, -1]]), "melodies holds -1; a pitch class is 0"),
+    ],
+)
+def test_melodies_that_are_none_are_refused(folder: Path, melodies: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate.generate(generate.load(folder / "melody" / "release"), ["waltz"], 0.6, [1], melodies=melodies)
+
+
+def test_a_number_is_no_label(folder: Path) -> None:
+    model = generate.load(folder / "named" / "release")
+    for value in (5, 1.5, None):
+        with pytest.raises(
+            UserError, match=f"attribute 'genre' is {value}; give a label or several in a list. Known: jazz, folk"
+        ):
+            generate.generate(model, ["waltz"], 0.6, [1], attributes=[{"genre": value}])
+
+
 def command(folder: Path, model: str, *arguments: str) -> int:
     common = ["--model", str(folder / model / "release"), "--duration", "0.6", "--prompt", "waltz"]
     return generate.main([*common, "--out", str(folder / "out.wav"), *arguments])
@@ -189,6 +220,17 @@ def test_the_marking_tells_clips_apart(folder: Path, tmp_path: Path) -> None:
         ("named", ["--attributes.gener", "jazz"], "unknown attribute 'gener'; did you mean 'genre'"),
         ("named", ["--attributes.genre", "jaz"], "did you mean 'jazz'"),
         ("text", ["--prompt_audio", "{}/a.flac"], "counts it in, so nothing is left to make"),
+        (
+            "text",
+            ["--prompt_audio", "{}/a.flac", "--prompt_seconds", "0.000001"],
+            "prompt_seconds is 1e-06; an audio prompt needs at least 0.02 s, one frame of the codec, and 0 takes all",
+        ),
+        (
+            "text",
+            ["--prompt_audio", "{}/click.wav"],
+            "AUDIO=.* is 0.000125 s long; an audio prompt needs at least 0.02 s",
+        ),
+        ("named", ["--attributes.genre", "r&b: soul"], "attribute 'genre' has no value 'r&b: soul'"),
         ("text", ["--precision", "int4"], "int4"),
         ("text", ["--prompt", "waltz " * 600], "PROMPT has .* tokens"),
     ],

@@ -169,6 +169,20 @@ def test_bad_requests(model: generate.MusicGen) -> None:
         generate.generate(model, ["waltz"], 1.0, [1], SamplingConfig(top_k=5000))
     with pytest.raises(ValueError, match="2 prompts need 2 seeds, got 1"):
         generate.generate(model, ["a", "b"], 1.0, [1])
+    for name, value in (("negatives", [None]), ("attributes", [{}]), ("given", torch.zeros(1, 4, 5, dtype=torch.long))):
+        with pytest.raises(ValueError, match=f"2 prompts need 2 {name}, got 1"):
+            generate.generate(model, ["a", "b"], 1.0, [1, 2], **{name: value})
+    for codes, message in (
+        (torch.full((1, 4, 5), 5000), r"codes must lie in 0…2047; got 5000…5000"),
+        (torch.zeros(1, 3, 5, dtype=torch.long), r"takes codes of shape \[batch, 4, frames\]; got \[1, 3, 5\]"),
+        (
+            torch.zeros(4, 5, dtype=torch.long),
+            r"given is \[4, 5\] torch.int64; give whole numbers of shape \[B, K, P\]",
+        ),
+        (torch.zeros(1, 4, 5), r"given is \[1, 4, 5\] torch.float32; give whole numbers of shape \[B, K, P\]"),
+    ):
+        with pytest.raises((UserError, ValueError), match=message):
+            generate.generate(model, ["a"], 1.0, [1], given=codes)
 
 
 def test_hints_for_unknown_script_and_length(model: generate.MusicGen) -> None:

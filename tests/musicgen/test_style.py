@@ -160,6 +160,21 @@ def test_another_excerpt_is_another_clip(folder: Path) -> None:
     assert torch.equal(batch[1], torch.cat(outputs[:3])), "alone and in a batch, each with its own excerpt or none"
 
 
+@pytest.mark.parametrize(
+    ("shape", "code", "message"),
+    [
+        ((1, 4, 0), 0, r"styles is \[1, 4, 0\], which holds nothing"),
+        ((1, 3, 9), 0, r"takes codes of shape \[batch, 4, frames\]; got \[1, 3, 9\]"),
+        ((1, 4, 9), 2048, r"codes must lie in 0…2047; got 2048…2048"),
+        ((1, 4, 9), -2, r"codes must lie in 0…2047; got -2…-2"),
+    ],
+)
+def test_codes_that_are_no_excerpt_are_refused(folder: Path, shape: tuple[int, ...], code: int, message: str) -> None:
+    music = generate.load(folder / "styled" / "release")
+    with pytest.raises((UserError, ValueError), match=message):
+        generate.generate(music, ["waltz"], 0.6, [1], styles=torch.full(shape, code))
+
+
 def test_text_melody_and_style_have_scales_of_their_own(folder: Path) -> None:
     music = generate.load(folder / "both" / "release")
     excerpt = generate.encode_audio(music, sound(0)[None])
