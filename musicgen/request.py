@@ -1,9 +1,10 @@
 """A batch of clips to make, and the making: codes, sound while it comes, or the whole.
 
 `codes` runs the language model, `stream` turns its codes into sound while they come, `generate` waits for the whole.
-The same request gives the same samples on one kind of processor, alone or in a batch: each prompt is encoded alone,
-random numbers are addressed by (seed, step, codebook), and clips are decoded one by one. A clip longer than the crops
-the model learned from is made in windows (`musicgen.windows`); one may begin with a recording and go on from there.
+The same request gives the same codes on one kind of processor, alone or in a batch, and but for a stream's rounding the
+same samples: each prompt is encoded alone, random numbers are addressed by (seed, step, codebook), and clips are
+decoded one by one. A clip longer than the crops the model learned from is made in windows (`musicgen.windows`); one may
+begin with a recording and go on from there. `marking` says what made a clip.
 
 Source: Copet et al. 2023, sections 2.2, 2.3 and 3.4.
 """
@@ -269,7 +270,10 @@ def codes(model: MusicGen, request: Request, progress: Progress | None = None) -
 
 
 def stream(model: MusicGen, request: Request, chunk_seconds: float = 0.5) -> Iterator[Tensor]:
-    """Sound `[B, C, n]` of a request while it is being made, float32 on the CPU; joined it is what `generate` gives.
+    """Sound `[B, C, n]` of a request while it is being made, float32 on the CPU.
+
+    Joined it is what `generate` gives down to rounding, as 16-bit samples within one step: of the same codes, but sums
+    over pieces of another length round otherwise.
 
     Args:
         chunk_seconds: frames are decoded in pieces of about this length; the first comes as early as it can.

@@ -1,4 +1,4 @@
-"""Codes to sound piece by piece, equal to decoding the whole clip.
+"""Codes to sound piece by piece, down to rounding equal to decoding the whole clip.
 
 An EnCodec decoder is a convolution, an LSTM that runs forward in time, and upsampling convolutions. Cut anywhere, the
 convolutions need a few frames on either side and the LSTM its state: both are kept here, so that the pieces join
