@@ -6,7 +6,8 @@ shard is its split and a hash bucket; a set that grew is byte for byte the set m
 tracks changed are written again.
 
 The commit: shards first, then index, tables and card, `dataset.json` last. While shards of an existing set are being
-replaced there is no `dataset.json`, so nobody reads a half-changed set; the next run finishes it.
+replaced there is no `dataset.json`, so nobody reads a half-changed set; the next run finishes it. Only shards that
+ingest made are ever removed: those of its names that dataset.json, the index or an unfinished run accounts for.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 import unicodedata
 from collections import Counter, defaultdict
@@ -23,6 +25,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from musicgen.errors import UserError
 from pipelines import captions, shard, stages
 from pipelines.captions import CaptionConfig
 from pipelines.catalog import Row
@@ -31,6 +34,7 @@ from pipelines.shard import Record, ShardSet
 from pipelines.store import Place, clear_disk_errors
 
 WORK = ".work"
+_OWN = re.compile(rf"({'|'.join(shard.SPLITS)})-\d{{5}}\.tar")
 
 REJECTS_SCHEMA = pa.schema(
     [
@@ -191,7 +195,7 @@ class Previous:
     """What stands in the output folder from earlier runs: tables, and codes that can be used again.
 
     Raises:
-        UserError: dataset.json or a table is damaged, or is not what the other files say.
+        UserError: dataset.json or a table is damaged, or is not what the other files say; shards/ is another's.
     """
 
     def __init__(self, root: Place) -> None:
@@ -200,16 +204,33 @@ class Previous:
         self.info: dict[str, Any] = shard.read_info(root, ingested=True) if finished else {}
         self.sources = {r["track_id"]: r for r in _table(root / "sources.parquet", SOURCES_SCHEMA, ("json_sha256",))}
         self.rejects = _table(root / "rejects.parquet", REJECTS_SCHEMA, ("track_id", "source_sha256"))
-        index = shard.read_index(root, self.info) if self.sources and (root / "index.parquet").is_file() else None
-        self.set = ShardSet(root, self.info, index) if index is not None else None
-        rows = index.to_pylist() if index is not None else []
+        index = shard.read_index(root, self.info) if (root / "index.parquet").is_file() else None
+        indexed = index.column("shard").to_pylist() if index is not None else []
         present = set((root / "shards").list(".tar"))
+        self.own = self._own(present, {*indexed, *self.info.get("shards", ())})
+        self.set = ShardSet(root, self.info, index) if index is not None and self.sources else None
+        rows = self.set.index.to_pylist() if self.set is not None else []
         self.rows = {r["track_id"]: r for r in rows if r["shard"].removeprefix("shards/") in present}
         self._at = {r["track_id"]: i for i, r in enumerate(rows)}
         self.shards: dict[str, set[str]] = defaultdict(set)
         for r in self.rows.values():
             self.shards[r["shard"]].add(r["track_id"])
         self._broken: set[str] = set()
+
+    def _own(self, present: set[str], named: set[str]) -> set[str]:
+        """Names of the tars that ingest made. Raises `UserError` where it would write over or among those of others."""
+        unfinished = not self.info and (self.root / WORK).exists()
+        own = {n for n in present if _OWN.fullmatch(n) and (unfinished or f"shards/{n}" in named)}
+        ours = bool(self.info) or unfinished
+        foreign = sorted(n for n in present - own if _OWN.fullmatch(n) or not ours)
+        if foreign:
+            more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+            raise UserError(
+                f"OUT={self.root} holds {', '.join(f'shards/{n}' for n in foreign[:3])}{more}, which this command did "
+                "not make; it writes and removes shards/(train|valid|test)-NNNNN.tar there. Give another OUT folder, "
+                "new or made by `make ingest`, or move these files away"
+            )
+        return own
 
     def facts(self, track_id: str, work_id: str) -> dict[str, Any] | None:
         """Facts of a track when they came from the same source and settings; else None."""
@@ -300,7 +321,7 @@ def _index_row(e: Entry, written: dict[str, Any]) -> dict[str, Any]:
 def write_shards(
     root: Place, entries: Sequence[Entry], previous: Previous, kept: set[str], wrote: Callable[[], None] = lambda: None
 ) -> tuple[list[dict[str, Any]], dict[str, str], list[str]]:
-    """Write every shard that changed and remove those that are empty now.
+    """Write every shard that changed and remove our own that are empty now.
 
     Returns:
         index rows of the whole set, sha256 of every shard, names of the shards that were written.
@@ -315,7 +336,7 @@ def write_shards(
     rows = [previous.rows[e.track_id] for n, members in by_shard.items() if n not in set(changed) for e in members]
     old = previous.info.get("shards", {})
     hashes = {n: old.get(n) or _sha256(root / n) for n in by_shard if n not in set(changed)}
-    stale = sorted(set((root / "shards").list(".tar")) - {n.removeprefix("shards/") for n in by_shard})
+    stale = sorted(previous.own - {n.removeprefix("shards/") for n in by_shard})
     # Everything is written beside the set first: when the disk is full the old set is still whole.
     with tempfile.TemporaryDirectory(**_scratch(root)) as scratch, clear_disk_errors(root):
         fresh: dict[str, list[dict[str, Any]]] = {}

@@ -336,6 +336,11 @@ class Ingest:
             and (self.root / "card" / "index.html").is_file()
         )
 
+    def _begin_work(self) -> None:
+        """The work folder, by which the next run knows what is there as that of an unfinished one."""
+        self.work.make_folder()
+        (self.work / "settings.json").write(json.dumps(self.identity, indent=1).encode())
+
     def _process(self, todo: Sequence[Source]) -> None:
         without = [str(source.row.track_id) for source in todo if not source.stems]
         if self.stems and without:
@@ -344,8 +349,7 @@ class Ingest:
             except UserError as error:
                 named = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
                 raise UserError(f"{error}. The catalogue names no stems (column 'stems') of {named}") from error
-        self.work.make_folder()
-        (self.work / "settings.json").write(json.dumps(self.identity, indent=1).encode())
+        self._begin_work()
         largest_first = sorted(todo, key=lambda s: (-s.size, s.work_id))
         jobs = [Job(str(s.row.track_id), s.place, s.work_id, s.size, s.stems) for s in largest_first]
         what = TrackSettings(
@@ -382,6 +386,7 @@ class Ingest:
         self.kept = kept
 
     def _commit(self, entries: list[Entry], rejects: list[tuple[Row, Reject, str | None]]) -> int:
+        self._begin_work()
         with _progress(self.console) as bar:
             task = bar.add_task("shards", total=len({e.shard for e in entries}), rate="")
             rows, hashes, written = assemble.write_shards(

@@ -271,6 +271,43 @@ def test_a_damaged_set_is_named_and_made_whole_again(local_ray: str, tmp_path: P
         assert digests(out) == shards and len(ShardSet.open(str(out))) == 4
 
 
+def test_shards_of_others_are_never_touched(local_ray: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row(i, artist=f"A{i}") for i in range(8)]
+    one = [next(r for r in rows if assemble.split_of(r["artist"], SplitConfig(0.6, 0.2, 0.2)) == "train")]
+    catalogue, out = write_rows(tmp_path, rows), tmp_path / "out"
+    (out / "shards").mkdir(parents=True)
+    for name in ("other-dataset-000.tar", "train-00000.tar"):
+        (out / "shards" / name).write_bytes(b"theirs")
+        with pytest.raises(UserError, match=rf"out holds shards/{name}, which this command did not make"):
+            run(catalogue, out)
+        assert [p.name for p in out.rglob("*") if p.is_file()] == [name]
+        (out / "shards" / name).unlink()
+    assert run(catalogue, out) == 0
+    shards = digests(out)
+    assert len(shards) > 1
+
+    # beside a set: left alone, unless a shard of ours could be written over it
+    (out / "shards/other.tar").write_bytes(b"theirs")
+    assert run(write_rows(tmp_path, one), out) == 0
+    assert len(digests(out)) == 2 and (out / "shards/other.tar").read_bytes() == b"theirs"
+    (out / "shards/valid-00007.tar").write_bytes(b"theirs")
+    with pytest.raises(UserError, match=r"holds shards/valid-00007\.tar, which this command did not make"):
+        run(catalogue, out)
+    (out / "shards/valid-00007.tar").unlink()
+
+    # shards that only an interrupted commit made are removed by the next run, whatever its catalogue
+    def full(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(assemble, "write_tables", full)
+    with pytest.raises(KeyboardInterrupt):
+        run(write_rows(tmp_path, rows), out)
+    monkeypatch.undo()
+    assert digests(out).keys() == {*shards, "other.tar"} and not (out / "dataset.json").exists()
+    assert run(write_rows(tmp_path, one), out) == 0
+    assert len(digests(out)) == 2 and (out / "shards/other.tar").read_bytes() == b"theirs"
+
+
 def test_addresses_that_no_file_has_cost_their_row(local_ray: str, tmp_path: Path) -> None:
     rows = [row(i, artist=f"A{i}") for i in range(3)]
     write_rows(tmp_path, rows)
