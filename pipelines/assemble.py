@@ -216,6 +216,16 @@ class Previous:
         for r in self.rows.values():
             self.shards[r["shard"]].add(r["track_id"])
         self._broken: set[str] = set()
+        self.altered: set[str] = set()
+        tables = ("index.parquet", "rejects.parquet", "sources.parquet", "card/index.html")
+        self.whole = finished and all((root / name).is_file() for name in tables)
+
+    def compare(self, compared: Callable[[], None]) -> None:
+        """Find the shards of a finished set that are not what dataset.json says: they will be written again."""
+        for name in self.shards if self.info else ():
+            if _sha256(self.root / name) != self.info["shards"].get(name):
+                self.altered.add(name)
+            compared()
 
     def _own(self, present: set[str], named: set[str]) -> set[str]:
         """Names of the tars that ingest made. Raises `UserError` where it would write over or among those of others."""
@@ -260,7 +270,8 @@ class Previous:
 
     def unchanged(self, name: str, entries: Sequence[Entry]) -> bool:
         """Would writing this shard give the bytes that stand there? Never after an interrupted commit."""
-        if not self.info or self.shards.get(name, set()) != {e.track_id for e in entries}:
+        same_tracks = self.shards.get(name, set()) == {e.track_id for e in entries}
+        if not self.info or name in self.altered or not same_tracks:
             return False
         return all(
             self.rows[e.track_id]["key"] == e.key
@@ -334,8 +345,7 @@ def write_shards(
         by_shard[e.shard].append(e)
     changed = sorted(n for n, members in by_shard.items() if not previous.unchanged(n, members))
     rows = [previous.rows[e.track_id] for n, members in by_shard.items() if n not in set(changed) for e in members]
-    old = previous.info.get("shards", {})
-    hashes = {n: old.get(n) or _sha256(root / n) for n in by_shard if n not in set(changed)}
+    hashes = {n: previous.info["shards"][n] for n in by_shard if n not in set(changed)}
     stale = sorted(previous.own - {n.removeprefix("shards/") for n in by_shard})
     # Everything is written beside the set first: when the disk is full the old set is still whole.
     with tempfile.TemporaryDirectory(**_scratch(root)) as scratch, clear_disk_errors(root):
@@ -344,7 +354,7 @@ def write_shards(
             records = _records(by_shard[name], root, previous, kept)
             path = os.path.join(scratch, name.removeprefix("shards/"))
             fresh[name] = shard.write_tar(path, records)
-            hashes[name] = _file_sha256(path)
+            hashes[name] = _sha256(Place.at(path))
             wrote()
         if changed or stale:
             (root / "dataset.json").delete()
@@ -365,13 +375,9 @@ def _scratch(root: Place) -> dict[str, Any]:
     return {"dir": (root / WORK).path, "prefix": "shards-"}
 
 
-def _file_sha256(path: str) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def _sha256(place: Place) -> str:
-    return _file_sha256(place.path) if place.local else hashlib.sha256(place.read()).hexdigest()
+    with place.fs.open_input_stream(place.path, compression=None) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def reject_rows(rejects: Sequence[tuple[Row, Reject, str | None]]) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 catalogue -> schema -> rights gate -> what is missing -> Ray (decode … codes) -> duplicates, captions, splits -> shards.
 
 Running it again does only what is missing: an unchanged catalogue does nothing and says so, a killed run continues,
-a changed row rewrites its own bucket. An output folder made with other settings is refused, naming them.
+a changed row rewrites its own bucket, a shard that is no longer what dataset.json says is made again. An output folder
+made with other settings is refused, naming them.
 Exit code: 0 the output is usable, 1 it is not (no track, or no training track), 2 bad input.
 """
 
@@ -302,6 +303,7 @@ class Ingest:
 
     def run(self) -> int:
         """Bring the output folder up to date; returns the exit code."""
+        self._compare()
         while True:
             self._learn()
             entries, rejects, todo = self.decide()
@@ -327,14 +329,23 @@ class Ingest:
         by_shard: dict[str, list[Entry]] = {}
         for e in entries:
             by_shard.setdefault(e.shard, []).append(e)
-        info = self.previous.info
         return (
-            bool(info)
+            self.previous.whole
             and set(by_shard) == set(self.previous.shards)
             and all(self.previous.unchanged(name, members) for name, members in by_shard.items())
             and assemble.reject_rows(rejects) == self.previous.rejects
-            and (self.root / "card" / "index.html").is_file()
         )
+
+    def _compare(self) -> None:
+        """Find out which shards were damaged since they were made."""
+        if not self.previous.info:
+            return
+        with _progress(self.console) as bar:
+            task = bar.add_task("comparing shards", total=len(self.previous.shards), rate="")
+            self.previous.compare(lambda: bar.update(task, advance=1))
+        if self.previous.altered:
+            names = ", ".join(sorted(self.previous.altered))
+            self.console.print(f"not what {escape(str(self.root / 'dataset.json'))} says, made anew: {names}")
 
     def _begin_work(self) -> None:
         """The work folder, by which the next run knows what is there as that of an unfinished one."""

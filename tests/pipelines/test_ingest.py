@@ -241,7 +241,9 @@ def test_growth_change_and_removal_give_the_set_made_at_once(
     assert digests(tmp_path / "once/out") == good
 
 
-def test_a_damaged_set_is_named_and_made_whole_again(local_ray: str, tmp_path: Path) -> None:
+def test_a_damaged_set_is_named_and_made_whole_again(
+    local_ray: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     catalogue, out = write_rows(tmp_path, [row(i, artist=f"A{i}") for i in range(4)]), tmp_path / "out"
     assert run(catalogue, out) == 0
     info = json.loads((out / "dataset.json").read_text())
@@ -269,6 +271,17 @@ def test_a_damaged_set_is_named_and_made_whole_again(local_ray: str, tmp_path: P
         (out / name).unlink()
         assert run(catalogue, out) == 0
         assert digests(out) == shards and len(ShardSet.open(str(out))) == 4
+        assert (out / name).is_file()
+    capsys.readouterr()
+    path = out / "shards" / sorted(shards)[0]
+    whole = path.read_bytes()
+    for data in (whole[:2000], b"", whole.replace(b"A quiet", b"A loud!", 1), b"?" + whole[1:]):
+        path.write_bytes(data)
+        assert run(catalogue, out) == 0
+        said = capsys.readouterr().out
+        assert f"made anew: shards/{path.name}" in said and "nothing to do" not in said
+        assert digests(out) == shards
+        assert ("starting Ray" in said) == (data[1:] != whole[1:])  # what is still good is not encoded again
 
 
 def test_shards_of_others_are_never_touched(local_ray: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
