@@ -200,7 +200,8 @@ class Previous:
 
     def __init__(self, root: Place) -> None:
         self.root = root
-        finished = (root / "dataset.json").is_file()
+        self._began_with = self._stored()
+        finished = self._began_with is not None
         self.info: dict[str, Any] = shard.read_info(root, ingested=True) if finished else {}
         self.sources = {r["track_id"]: r for r in _table(root / "sources.parquet", SOURCES_SCHEMA, ("json_sha256",))}
         self.rejects = _table(root / "rejects.parquet", REJECTS_SCHEMA, ("track_id", "source_sha256"))
@@ -219,6 +220,20 @@ class Previous:
         self.altered: set[str] = set()
         tables = ("index.parquet", "rejects.parquet", "sources.parquet", "card/index.html")
         self.whole = finished and all((root / name).is_file() for name in tables)
+
+    def _stored(self) -> bytes | None:
+        try:
+            return (self.root / "dataset.json").read()
+        except FileNotFoundError:
+            return None
+
+    def refuse_change(self) -> None:
+        """Raises `UserError` where another run has changed the set since it was read."""
+        if self._stored() != self._began_with:
+            raise UserError(
+                f"OUT={self.root}: the set changed since this run began, because another one writes there or did. "
+                "Nothing of this run went into it; when no other is writing, run the same command again"
+            )
 
     def compare(self, compared: Callable[[], None]) -> None:
         """Find the shards of a finished set that are not what dataset.json says: they will be written again."""
@@ -339,6 +354,7 @@ def write_shards(
 
     Raises:
         CodesMissing: an old shard is not what the index says; nothing has been replaced for these tracks.
+        UserError: another run has changed the set since this one began; nothing has been replaced.
     """
     by_shard: dict[str, list[Entry]] = defaultdict(list)
     for e in entries:
@@ -356,6 +372,7 @@ def write_shards(
             fresh[name] = shard.write_tar(path, records)
             hashes[name] = _sha256(Place.at(path))
             wrote()
+        previous.refuse_change()
         if changed or stale:
             (root / "dataset.json").delete()
         for name in changed:

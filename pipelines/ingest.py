@@ -4,7 +4,8 @@ catalogue -> schema -> rights gate -> what is missing -> Ray (decode … codes) 
 
 Running it again does only what is missing: an unchanged catalogue does nothing and says so, a killed run continues,
 a changed row rewrites its own bucket, a shard that is no longer what dataset.json says is made again. An output folder
-made with other settings is refused, naming them.
+made with other settings is refused, naming them. One run at a time writes a set: a second one is refused, on a local
+disk at once, elsewhere before it commits.
 Exit code: 0 the output is usable, 1 it is not (no track, or no training track), 2 bad input.
 """
 
@@ -38,7 +39,7 @@ from pipelines.checks import CODES, CheckConfig, Reject
 from pipelines.cluster import RunConfig, Timing
 from pipelines.rights import RightsConfig
 from pipelines.stages import Job, TrackSettings
-from pipelines.store import Place, found
+from pipelines.store import Place, alone, found
 
 if TYPE_CHECKING:
     from musicgen.codec import Codec
@@ -198,6 +199,10 @@ class Source:
     stems: tuple[tuple[str, Place], ...] = ()
 
 
+class ResultsMissing(RuntimeError):
+    """Results that the workers made are not in the work folder."""
+
+
 class Ingest:
     """One run: what is admitted, what is known about it, what must be done."""
 
@@ -209,13 +214,9 @@ class Ingest:
         self.codec = stages.load_codec(config.codec_name)
         self.identity = identity(config, self.codec)
         self.hash = settings_hash(self.identity)
-        refuse_other_settings(self.root, self.identity, self.codec.name)
-        self.previous = Previous(self.root)
         self.rejects: list[tuple[Row, Reject, str | None]] = []
         self.admitted = self._gate()
         self.stems = config.chroma_stems or config.melody_stems
-        self.sources = self._sources()
-        self.kept = stages.kept(self.work)
         self.facts: dict[str, tuple[str, dict[str, Any]]] = {}
         self.again: set[str] = set()
         self.timing: Timing | None = None
@@ -303,7 +304,19 @@ class Ingest:
 
     def run(self) -> int:
         """Bring the output folder up to date; returns the exit code."""
-        self._compare()
+        with alone(self.root):
+            refuse_other_settings(self.root, self.identity, self.codec.name)
+            self.previous = Previous(self.root)
+            self._compare()
+            self.sources = self._sources()
+            self.kept = stages.kept(self.work)
+            try:
+                return self._update()
+            except (FileNotFoundError, ResultsMissing):  # another run on an object store, which has no locks
+                self.previous.refuse_change()
+                raise
+
+    def _update(self) -> int:
         while True:
             self._learn()
             entries, rejects, todo = self.decide()
@@ -393,7 +406,7 @@ class Ingest:
         kept = stages.kept(self.work)
         lost = [job.track_id for job in jobs if job.work_id not in kept]
         if lost:
-            raise RuntimeError(f"{len(lost)} tracks were given to Ray and have no result: {', '.join(lost[:5])}")
+            raise ResultsMissing(f"{len(lost)} tracks were given to Ray and have no result: {', '.join(lost[:5])}")
         self.kept = kept
 
     def _commit(self, entries: list[Entry], rejects: list[tuple[Row, Reject, str | None]]) -> int:

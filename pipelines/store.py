@@ -3,22 +3,25 @@
 Every path of the pipeline is a URI (`file://`, `s3://`; a plain path means the local disk) and goes through
 `pyarrow.fs`. A write is whole or absent: on a local disk a temporary name is synced and renamed, on an object store
 the object is put in one go and appears when it is complete. Bytes that cannot be written because the disk is full
-become a `DiskFull` that says where and what to do; nothing half-written stays behind.
+become a `DiskFull` that says where and what to do; nothing half-written stays behind. `alone` keeps a local folder for
+one process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import re
+import socket
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow.fs as pafs
 
@@ -269,8 +272,51 @@ def clear_disk_errors(place: Place | str) -> Iterator[None]:
                 f"no room left while writing {place} ({os.strerror(error.errno or 0)}). Nothing half-written was left; "
                 "free some space or choose another OUT, then run the same command again: finished tracks are kept"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise UserError(
                 f"cannot write {place}: {os.strerror(error.errno or 0)}. Choose an OUT folder that you may write to"
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def alone(place: Place) -> Iterator[None]:
+    """Keep a local folder for this process: two commands would undo each other's work. Object stores have no locks.
+
+    Raises:
+        UserError: another process keeps it, or it cannot be written.
+    """
+    if not place.local:
+        yield
+        return
+    place.make_folder()
+    path = Path((place / ".lock").path)
+    with _locked(place, path) as file:
+        with contextlib.suppress(OSError):  # a full disk: the lock is held, and only its owner's name is missing
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _locked(place: Place, path: Path) -> TextIO:
+    while True:
+        with clear_disk_errors(place):
+            file = path.open("a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return file  # a file system without locks
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise UserError(
+                f"OUT={place} is being written by {owner}; wait for it, end it, or give another OUT"
+            ) from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # its last owner has just removed it

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -321,6 +322,53 @@ def test_shards_of_others_are_never_touched(local_ray: str, tmp_path: Path, monk
     assert len(digests(out)) == 2 and (out / "shards/other.tar").read_bytes() == b"theirs"
 
 
+def test_a_second_run_is_refused_while_the_first_writes(local_ray: str, tmp_path: Path) -> None:
+    catalogue, out = write_rows(tmp_path, [row(i, artist=f"A{i}") for i in range(4)]), tmp_path / "out"
+    out.mkdir()
+    (out / ".lock").write_text("process 1 on a machine that lost power\n")
+    hold = "import sys; from pipelines.store import *\n"
+    hold += "with alone(Place.at(sys.argv[1])): print('held', flush=True), input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"OUT=\S+ is being written by process {other.pid} on .*; wait for it"):
+            run(catalogue, out)
+        other.communicate("\n")
+    assert not list(out.iterdir())
+    assert run(catalogue, out) == 0 and not (out / ".lock").exists()
+
+
+def test_a_set_that_changed_meanwhile_is_not_written(
+    local_ray: str, s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row(i, artist=f"A{i}") for i in range(4)]
+    out = (Place.at(s3_root) / "set").uri
+
+    def meanwhile(where: Any, step: str, others: list[dict]) -> None:
+        """Let another run finish around a step of the next one."""
+        original = getattr(where, step)
+
+        def with_another_run(*args: object) -> object:
+            monkeypatch.undo()
+            done = original(*args) if where is command.cluster else None
+            assert run(write_rows(tmp_path, others), out) == 0
+            return done or original(*args)
+
+        monkeypatch.setattr(where, step, with_another_run)
+
+    # there is no set yet, and the other one clears the work away that this one does
+    meanwhile(command.cluster, "process", rows[:3])
+    with pytest.raises(UserError, match="the set changed since this run began"):
+        run(write_rows(tmp_path, rows), out)
+    # a row was taken down while this run, which does not know it yet, was about to commit
+    meanwhile(assemble, "write_shards", rows[1:3])
+    with pytest.raises(UserError, match="the set changed since this run began"):
+        run(write_rows(tmp_path, [{**r, "title": "New"} for r in rows[:3]]), out)
+    assert sorted(ShardSet.open(out).index.column("track_id").to_pylist()) == ["t001", "t002"]
+    assert run(write_rows(tmp_path, rows), out) == 0 and len(ShardSet.open(out)) == 4
+
+
 def test_addresses_that_no_file_has_cost_their_row(local_ray: str, tmp_path: Path) -> None:
     rows = [row(i, artist=f"A{i}") for i in range(3)]
     write_rows(tmp_path, rows)
@@ -495,6 +543,7 @@ def test_bad_settings(tmp_path: Path) -> None:
         (["--run.retry", '["tooshort"]'], "unknown reject codes: tooshort"),
         (["--codec", str(tmp_path)], "config.json and model.safetensors"),
         (["--analysis", "librosa"], "allowed: auto"),
+        (["--out", catalogue], "cannot write .*File exists. Choose an OUT folder"),
         (["--check.min_seconds", "3"], "did you mean 'checks.min_seconds'"),
     ):
         with pytest.raises((UserError, settings.SettingsError), match=words):
