@@ -124,6 +124,30 @@ def duplicates(facts: dict[str, dict[str, Any]]) -> dict[str, Reject]:
     return found
 
 
+def sounds(facts: dict[str, Any]) -> set[str]:
+    """SHA-256 of a recording's file and of its decoded sound, as far as they are known."""
+    return {*facts.get("sounds", ()), facts.get("source_sha256"), facts.get("pcm_sha256")} - {None}
+
+
+def taken_down(codes: dict[str, str], facts: dict[str, dict[str, Any]], tracks: Iterable[str]) -> dict[str, Reject]:
+    """Rejects for all tracks whose sound is that of a row that was taken down.
+
+    Args:
+        codes: of the rows that were taken down, track_id -> reject code.
+        facts: of these rows and of the tracks.
+    """
+    barred: dict[str, str] = {}
+    for track_id in sorted(codes):
+        barred |= {sha256: track_id for sha256 in sounds(facts.get(track_id, {})) if sha256 not in barred}
+    found: dict[str, Reject] = {}
+    for track_id in tracks:
+        other = next((barred[sha256] for sha256 in sorted(sounds(facts[track_id])) if sha256 in barred), None)
+        if other is not None:
+            why = f"the same sound as track {other!r}, which is refused as {codes[other]}"
+            found[track_id] = Reject("duplicate", codes[other], f"{why}; if that is wrong, mend the row of {other!r}")
+    return found
+
+
 @dataclass(frozen=True)
 class Entry:
     """A track that goes into the set: its metadata, where it goes, and which result holds its codes."""
@@ -257,10 +281,10 @@ class Previous:
             )
         return own
 
-    def facts(self, track_id: str, work_id: str) -> dict[str, Any] | None:
-        """Facts of a track when they came from the same source and settings; else None."""
+    def facts(self, track_id: str, work_id: str | None = None) -> dict[str, Any] | None:
+        """Facts of a track, if a work id is given those from this source and these settings; else None."""
         source = self.sources.get(track_id)
-        if not source or source["work_id"] != work_id:
+        if not source or work_id not in (None, source["work_id"]):
             return None
         try:
             return json.loads(source["facts"])

@@ -6,6 +6,8 @@ Running it again does only what is missing: an unchanged catalogue does nothing 
 a changed row rewrites its own bucket, a shard that is no longer what dataset.json says is made again. An output folder
 made with other settings is refused, naming them. One run at a time writes a set: a second one is refused, on a local
 disk at once, elsewhere before it commits.
+A recording whose row is withdrawn or has an opt-out signal stays out under every row: the hashes of its file and sound
+are kept in sources.parquet, from when it was in the set or from the file.
 Exit code: 0 the output is usable, 1 it is not (no track, or no training track), 2 bad input.
 """
 
@@ -190,13 +192,14 @@ def _unfinished(place: Place) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Source:
-    """An admitted row whose audio is there."""
+    """A row whose audio is there: an admitted one, or one that was taken down."""
 
     row: Row
     place: Place
     work_id: str
     size: int
     stems: tuple[tuple[str, Place], ...] = ()
+    taken_down: bool = False
 
 
 class ResultsMissing(RuntimeError):
@@ -215,6 +218,7 @@ class Ingest:
         self.identity = identity(config, self.codec)
         self.hash = settings_hash(self.identity)
         self.rejects: list[tuple[Row, Reject, str | None]] = []
+        self.taken_down: dict[str, tuple[Row, str]] = {}  # with the reject code
         self.admitted = self._gate()
         self.stems = config.chroma_stems or config.melody_stems
         self.facts: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -232,36 +236,52 @@ class Ingest:
             problem = rights.admit(row.rights, self.config.rights, today)
             if problem is not None:
                 self.rejects.append((row, replace(problem, message=catalog.short(problem.message)), None))
+                if problem.code in rights.TAKEN_DOWN:
+                    self.taken_down[str(row.track_id)] = row, problem.code
             else:
                 admitted.append(row)
         return admitted
 
     def _sources(self) -> list[Source]:
-        """Admitted rows whose audio exists; the others are rejected as `missing`."""
+        """Admitted rows whose audio exists, the others are rejected as `missing`; then what was taken down and exists.
+
+        Without an admitted row nothing has to be known about what was taken down.
+        """
+        admitted, missing = self._located(self.admitted, self.stems)
+        self.rejects += [(row, Reject("source", "missing", catalog.short(why)), None) for row, why in missing]
+        if not admitted:
+            return []
+        taken_down, _ = self._located([row for row, _ in self.taken_down.values()], False)
+        return admitted + [replace(s, work_id=_digest(f"{s.work_id}\ntaken down"), taken_down=True) for s in taken_down]
+
+    def _located(self, wanted: Sequence[Row], stems: bool) -> tuple[list[Source], list[tuple[Row, str]]]:
+        """Rows whose audio (and stems) exist, and the others with what is missing."""
         rows: list[tuple[Row, list[tuple[str, Place]]]] = []  # of each its track, called "", and its stems
-        for row in self.admitted:
-            addresses = {"": row.values["uri"], **(row.values["stems"] if self.stems else {})}
+        sources: list[Source] = []
+        missing: list[tuple[Row, str]] = []
+        for row in wanted:
+            addresses = {"": row.values["uri"], **(row.values["stems"] if stems else {})}
             try:
                 rows.append((row, [(name, self.catalog.folder.join(uri)) for name, uri in addresses.items()]))
             except UserError as error:
-                self.rejects.append((row, Reject("source", "missing", catalog.short(str(error))), None))
+                missing.append((row, str(error)))
         infos = iter(found([place for _, places in rows for _, place in places]))
-        sources = []
         for row, places in rows:
             files: list[tuple[str, Place, Any]] = [(name, place, next(infos)) for name, place in places]
             if why := "; ".join(filter(None, (_missing(row, name, info) for name, _, info in files))):
-                self.rejects.append((row, Reject("source", "missing", catalog.short(why)), None))
+                missing.append((row, why))
                 continue
             state = f"{row.track_id}"
             for name, place, info in files:
                 state += (f"\n{name}" if name else "") + f"\n{place.uri}\n{info.size}\n{info.mtime_ns}"
-            work_id = hashlib.sha256(f"{state}\n{self.hash}".encode()).hexdigest()[:32]
+            work_id = _digest(f"{state}\n{self.hash}")
             sources.append(Source(row, places[0][1], work_id, files[0][2].size, tuple(places[1:])))
-        return sources
+        return sources, missing
 
     def _learn(self) -> None:
         """Facts of every source that has been worked on, now or in an earlier run."""
-        for source in self.sources:
+        self._recall()
+        for source in (s for s in self.sources if not s.taken_down):
             track_id = str(source.row.track_id)
             if source.work_id in self.kept:
                 self.facts[track_id] = (source.work_id, stages.load(self.work, source.work_id).facts)
@@ -269,6 +289,19 @@ class Ingest:
                 reject = stages.reject_of(found)
                 if reject is None or reject.code not in (*self.config.run.retry, "missing"):
                     self.facts[track_id] = (source.work_id, found)
+
+    def _recall(self) -> None:
+        """Hashes of every recording that was taken down: those that an earlier run knew, and those of its file."""
+        files = {str(s.row.track_id): s.work_id for s in self.sources if s.taken_down}
+        for track_id in self.taken_down:
+            work_id = files.get(track_id, "")
+            known = assemble.sounds(self.previous.facts(track_id) or {})
+            if work_id in self.kept:
+                known |= assemble.sounds(stages.load(self.work, work_id).facts)
+            elif work_id and not (known and self.previous.facts(track_id, work_id)):
+                continue  # the file has to be read
+            if known or work_id:
+                self.facts[track_id] = (work_id, {"sounds": sorted(known)})
 
     def decide(self) -> tuple[list[Entry], list[tuple[Row, Reject, str | None]], list[Source]]:
         """Entries of the set, all rejects, and the sources that still need work."""
@@ -279,13 +312,17 @@ class Ingest:
             known = self.facts.get(str(source.row.track_id))
             if known is None:
                 todo.append(source)
+            elif source.taken_down:
+                continue
             elif (reject := stages.reject_of(known[1])) is not None:
                 rejects.append((source.row, reject, known[1]["source_sha256"]))
             else:
                 tracks[str(source.row.track_id)] = source
         if todo:
             return [], [], todo
-        twins = assemble.duplicates({track_id: self.facts[track_id][1] for track_id in tracks})
+        facts_of = {track_id: facts for track_id, (_, facts) in self.facts.items()}
+        twins = assemble.taken_down({t: code for t, (_, code) in self.taken_down.items()}, facts_of, tracks)
+        twins |= assemble.duplicates({t: facts_of[t] for t in tracks if t not in twins})
         groups = assemble.split_groups(self.admitted)
         plan = AssembleConfig(
             self.hash, self.config.seed, self.config.buckets, self.config.splits, self.config.captions
@@ -347,6 +384,7 @@ class Ingest:
             and set(by_shard) == set(self.previous.shards)
             and all(self.previous.unchanged(name, members) for name, members in by_shard.items())
             and assemble.reject_rows(rejects) == self.previous.rejects
+            and assemble.source_rows(entries, self.facts) == list(self.previous.sources.values())
         )
 
     def _compare(self) -> None:
@@ -366,7 +404,7 @@ class Ingest:
         (self.work / "settings.json").write(json.dumps(self.identity, indent=1).encode())
 
     def _process(self, todo: Sequence[Source]) -> None:
-        without = [str(source.row.track_id) for source in todo if not source.stems]
+        without = [str(source.row.track_id) for source in todo if not (source.stems or source.taken_down)]
         if self.stems and without:
             try:
                 stages.separator("melody_stems" if self.config.melody_stems else "chroma_stems")
@@ -375,7 +413,7 @@ class Ingest:
                 raise UserError(f"{error}. The catalogue names no stems (column 'stems') of {named}") from error
         self._begin_work()
         largest_first = sorted(todo, key=lambda s: (-s.size, s.work_id))
-        jobs = [Job(str(s.row.track_id), s.place, s.work_id, s.size, s.stems) for s in largest_first]
+        jobs = [Job(str(s.row.track_id), s.place, s.work_id, s.size, s.stems, s.taken_down) for s in largest_first]
         what = TrackSettings(
             self.config.checks,
             self.config.decode,
@@ -469,6 +507,10 @@ class Ingest:
             console.print("[bold red]not usable for training[/]: no track is in the train split; see the rejects above")
         elif not total["tracks_by_split"]["valid"]:
             console.print("note: no track fell into the valid split; a larger splits.valid or more artists change that")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _missing(row: Row, name: str, info: Any) -> str:

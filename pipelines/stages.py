@@ -41,6 +41,7 @@ class Job:
         work_id: name of its result; changes with the source, the settings and the codec.
         size: bytes of the source, to make batches of similar work.
         stems: name and place of each stem that the catalogue names, where the settings ask for stems.
+        taken_down: the recording was taken down: only its hashes are wanted, to know it under another row.
     """
 
     track_id: str
@@ -48,6 +49,7 @@ class Job:
     work_id: str
     size: int = 0
     stems: tuple[tuple[str, Place], ...] = ()
+    taken_down: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,9 @@ class Result:
 
     Attributes:
         facts: source_sha256 and, for a track, pcm_sha256, duration_seconds, analysis, source,
-            frames; for a reject, reject.
-        codes: [K, T] int16; None for a reject.
-        chroma: [T_c] uint8, or [1 + n, T_c] with n variants; None for a reject.
+            frames; for a reject, reject; of a recording that was taken down, pcm_sha256.
+        codes: [K, T] int16; None without a track.
+        chroma: [T_c] uint8, or [1 + n, T_c] with n variants; None without a track.
     """
 
     facts: dict[str, Any]
@@ -135,7 +137,7 @@ def fetch(source: Place, attempts: int = 3) -> bytes:
 
 
 def prepare(job: Job, settings: TrackSettings, decoder: audio.Decoder) -> Prepared | Result:
-    """Everything before the codec for one track; a `Result` when it is rejected."""
+    """Everything before the codec for one track; a `Result` when it is rejected or was taken down."""
     try:
         data = fetch(job.source)
     except (FileNotFoundError, IsADirectoryError):
@@ -161,6 +163,8 @@ def _prepare(job: Job, settings: TrackSettings, decoder: audio.Decoder, data: by
     from musicgen.chroma import chroma_bins
 
     decoded = decoder.decode(data)
+    if job.taken_down:
+        return Result({"source_sha256": sha256, "pcm_sha256": audio.pcm_sha256(decoded)})
     audio.verify(decoded, settings.checks)
     problem = checks.first(decoded.pcm, decoded.sample_rate_hz, settings.checks)
     if problem is not None:

@@ -409,6 +409,51 @@ def test_a_later_day_turns_a_track_off(local_ray: str, tmp_path: Path) -> None:
     assert b"Piece 2" not in b"".join(p.read_bytes() for p in (tmp_path / "out/shards").iterdir())
 
 
+def test_what_was_taken_down_stays_out_under_other_rows(
+    local_ray: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row(i, artist=f"A{i}") for i in range(4)]
+    rows += [row(2, track_id=n, artist="Again", uri=f"audio/{n}.flac") for n in ("twin_a", "twin_b")]
+    write_rows(tmp_path, rows)
+    for n in ("twin_a", "twin_b"):
+        (tmp_path / f"audio/{n}.flac").write_bytes(wav(tone(2), kind="FLAC"))
+    out, file = tmp_path / "out", tmp_path / "audio/t002.wav"
+    data = file.read_bytes()
+
+    def ingest(out: Path, **changes: Any) -> dict[str | None, str]:
+        rows[2] = {**rows[2], "rights": rights(**changes)}
+        assert run(write_rows(tmp_path, rows, audio=False), out) == 0
+        return rejects(out)
+
+    assert ingest(out) == {"twin_a": "duplicate", "twin_b": "duplicate"}
+    file.unlink()  # with the file gone it is known from when it was in the set
+    withdrawn = {"t002": "withdrawn", "twin_a": "withdrawn", "twin_b": "withdrawn"}
+    assert ingest(out, status="withdrawn") == withdrawn
+    messages = pq.read_table(out / "rejects.parquet").column("message").to_pylist()
+    assert "the same sound as track 't002', which is refused as withdrawn" in messages[1]
+    capsys.readouterr()
+    assert ingest(out, status="withdrawn") == withdrawn and "nothing to do" in capsys.readouterr().out
+    rows[0]["title"] = "New"  # a set that is written again
+    assert ingest(out, status="withdrawn") == withdrawn
+    file.write_bytes(wav(tone(9)))  # what stands there now is another sound
+    assert ingest(out, status="withdrawn") == withdrawn
+    sources = {r["track_id"]: r["facts"] for r in pq.read_table(out / "sources.parquet").to_pylist()}
+    assert len(json.loads(sources["t002"])["sounds"]) == 4  # file and sound, of before and of now
+    file.write_bytes(data)
+
+    # in a first run by the file; the sets are the same
+    once = tmp_path / "once"
+    assert ingest(once, opt_out_signals=["robots.txt"]) == dict.fromkeys(withdrawn, "opt_out")
+    assert digests(once) == digests(out)
+    capsys.readouterr()
+    assert ingest(once, opt_out_signals=["robots.txt"]) and "nothing to do" in capsys.readouterr().out
+
+    # a term that ended says nothing against another row's own rights; a row that is active again is a track again
+    assert ingest(out, status="expired") == {"t002": "expired", "twin_b": "duplicate"}
+    assert ingest(out) == {"twin_a": "duplicate", "twin_b": "duplicate"}
+    assert len(ShardSet.open(str(out))) == 4
+
+
 def child(catalogue: str, out: Path, address: str) -> subprocess.Popen:
     """The command in a process of its own, on the session's Ray."""
     line = [sys.executable, "-m", "pipelines.ingest", "--catalog", catalogue, "--out", str(out), *COMMON]
