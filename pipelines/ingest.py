@@ -213,13 +213,11 @@ class Ingest:
         self.config, self.console = config, console
         self.root = Place.at(config.out)
         self.work = self.root / assemble.WORK
-        self.catalog = catalog.read(config.catalog)
         self.codec = stages.load_codec(config.codec_name)
         self.identity = identity(config, self.codec)
         self.hash = settings_hash(self.identity)
         self.rejects: list[tuple[Row, Reject, str | None]] = []
         self.taken_down: dict[str, tuple[Row, str]] = {}  # with the reject code
-        self.admitted = self._gate()
         self.stems = config.chroma_stems or config.melody_stems
         self.facts: dict[str, tuple[str, dict[str, Any]]] = {}
         self.again: set[str] = set()
@@ -343,10 +341,8 @@ class Ingest:
         """Bring the output folder up to date; returns the exit code."""
         with alone(self.root):
             refuse_other_settings(self.root, self.identity, self.codec.name)
+            # The set before the catalogue: what another run makes of a newer catalogue shows as a change of the set.
             self.previous = Previous(self.root)
-            self._compare()
-            self.sources = self._sources()
-            self.kept = stages.kept(self.work)
             try:
                 return self._update()
             except (FileNotFoundError, ResultsMissing):  # another run on an object store, which has no locks
@@ -354,6 +350,11 @@ class Ingest:
                 raise
 
     def _update(self) -> int:
+        self.catalog = catalog.read(self.config.catalog)
+        self.admitted = self._gate()
+        self._compare()
+        self.sources = self._sources()
+        self.kept = stages.kept(self.work)
         while True:
             self._learn()
             entries, rejects, todo = self.decide()

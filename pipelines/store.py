@@ -289,6 +289,7 @@ def alone(place: Place) -> Iterator[None]:
     if not place.local:
         yield
         return
+    made = not place.exists()
     place.make_folder()
     path = Path((place / ".lock").path)
     with _locked(place, path) as file:
@@ -300,6 +301,8 @@ def alone(place: Place) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+            if made and not any(path.parent.iterdir()):
+                path.parent.rmdir()
 
 
 def _locked(place: Place, path: Path) -> TextIO:

@@ -351,7 +351,7 @@ def test_a_set_that_changed_meanwhile_is_not_written(
 
         def with_another_run(*args: object) -> object:
             monkeypatch.undo()
-            done = original(*args) if where is command.cluster else None
+            done = original(*args) if where is not assemble else None
             assert run(write_rows(tmp_path, others), out) == 0
             return done or original(*args)
 
@@ -361,11 +361,13 @@ def test_a_set_that_changed_meanwhile_is_not_written(
     meanwhile(command.cluster, "process", rows[:3])
     with pytest.raises(UserError, match="the set changed since this run began"):
         run(write_rows(tmp_path, rows), out)
-    # a row was taken down while this run, which does not know it yet, was about to commit
-    meanwhile(assemble, "write_shards", rows[1:3])
-    with pytest.raises(UserError, match="the set changed since this run began"):
-        run(write_rows(tmp_path, [{**r, "title": "New"} for r in rows[:3]]), out)
-    assert sorted(ShardSet.open(out).index.column("track_id").to_pylist()) == ["t001", "t002"]
+    # a row was taken down while this run, which does not know it yet, was about to commit or had read its catalogue
+    for where, step in ((assemble, "write_shards"), (command.catalog, "read")):
+        meanwhile(where, step, rows[1:3])
+        with pytest.raises(UserError, match="the set changed since this run began"):
+            run(write_rows(tmp_path, [{**r, "title": "New"} for r in rows[:3]]), out)
+        assert sorted(ShardSet.open(out).index.column("track_id").to_pylist()) == ["t001", "t002"]
+        assert run(write_rows(tmp_path, rows[:3]), out) == 0
     assert run(write_rows(tmp_path, rows), out) == 0 and len(ShardSet.open(out)) == 4
 
 
