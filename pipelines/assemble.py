@@ -20,6 +20,7 @@ import tempfile
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ from pipelines.shard import Record, ShardSet
 from pipelines.store import Place, clear_disk_errors
 
 WORK = ".work"
+READERS = 8  # shards that are compared at a time: an object store answers slowly and many at once
 _OWN = re.compile(rf"({'|'.join(shard.SPLITS)})-\d{{5}}\.tar")
 
 REJECTS_SCHEMA = pa.schema(
@@ -261,10 +263,13 @@ class Previous:
 
     def compare(self, compared: Callable[[], None]) -> None:
         """Find the shards of a finished set that are not what dataset.json says: they will be written again."""
-        for name in self.shards if self.info else ():
-            if _sha256(self.root / name) != self.info["shards"].get(name):
-                self.altered.add(name)
-            compared()
+        if not self.info:
+            return
+        with ThreadPoolExecutor(READERS) as pool:
+            for name, found in zip(self.shards, pool.map(lambda name: _sha256(self.root / name), self.shards)):
+                if found != self.info["shards"].get(name):
+                    self.altered.add(name)
+                compared()
 
     def _own(self, present: set[str], named: set[str]) -> set[str]:
         """Names of the tars that ingest made. Raises `UserError` where it would write over or among those of others."""
