@@ -236,6 +236,7 @@ def _quiet_libraries() -> None:
     for pattern in (
         ".*torch.distributed is disabled.*",
         ".*does not have many workers.*",
+        "This DataLoader will create",
         ".*IterableDataset.*__len__.*",
         ".*lr_scheduler.step.*",
         ".*`srun` command is available.*",
