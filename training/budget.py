@@ -96,7 +96,8 @@ def layer_activations(
     The residual stream and what the norms keep of it are float32; inputs of matrix products are bf16 under autocast.
     Per position and unit of width: norms 4 + 4 + 4 (their inputs); self-attention 1 in, 3 q/k/v, 1 out; cross-attention
     1 in, 1 query, 1 out; feed-forward 1 in, 4 + 4 around the activation. `selective` keeps what matrix products and
-    attention put out, `full` the layer's input alone.
+    attention put out, `full` the layer's input alone. An adapter (`lora`) adds what `_adapter_keeps` says, and the
+    masks of its dropout.
     """
     s, d, low = positions(lm, frames) + prefix(lm), lm.dim, 2 if bf16 else 4
     cross = 1 if lm.cross_attention else 0

@@ -17,21 +17,9 @@ from musicgen import wav
 from musicgen.errors import UserError
 from tests.training import wandb_file
 from tests.training.small_run import SMALL, fill_disk
-from tests.training.synthetic import small_codec, write_dataset
 from training import budget, callbacks, lineage, record, runs, state, train, watch
 from training import data as reading
 from training.config import read_config
-
-
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory: pytest.TempPathFactory) -> codecs.Codec:
-    return small_codec(tmp_path_factory.mktemp("codec") / "small")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, codec: codecs.Codec) -> Path:
-    identity = {"name": codec.name, "identity": codec.identity}
-    return write_dataset(tmp_path_factory.mktemp("data") / "set", size=64, codec=identity)
 
 
 def words(data: Path, run: Path, *more: str) -> list[str]:
