@@ -7,13 +7,15 @@ reader never sees half a file and a killed writer leaves nothing under the final
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import socket
 import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 from urllib.parse import unquote, urlsplit
 
 from musicgen.errors import UserError
@@ -153,3 +155,29 @@ def write_bytes(uri: str | os.PathLike[str], data: bytes) -> None:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free the place or give another one"
         ) from error
+
+
+def take_lock(file: TextIO) -> bool | None:
+    """Take the lock of an open file without waiting, until it is closed; False where another process has it, None on a
+    file system without locks."""
+    import fcntl
+
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EACCES, errno.EAGAIN) else None
+    return True
+
+
+def sign_lock(file: TextIO) -> None:
+    """Write into a lock's file which process has it; a full disk leaves the name out, and the lock is held."""
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+
+
+def lock_owner(file: TextIO) -> str:
+    """Which process a lock's file names."""
+    file.seek(0)
+    return file.read().strip() or "another process"

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import re
-import socket
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from typing import Any, TextIO
 import pyarrow.fs as pafs
 
 from musicgen.errors import UserError
-from musicgen.files import path_of_uri
+from musicgen.files import lock_owner, path_of_uri, sign_lock, take_lock
 
 TEMPORARY = ".tmp-"
 _OPTIONS = re.compile(r"\?([\w.-]+=[^&?]*(?:&[\w.-]+=[^&?]*)*)$")
@@ -293,10 +291,7 @@ def alone(place: Place) -> Iterator[None]:
     place.make_folder()
     path = Path((place / ".lock").path)
     with _locked(place, path) as file:
-        with contextlib.suppress(OSError):  # a full disk: the lock is held, and only its owner's name is missing
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+        sign_lock(file)
         try:
             yield
         finally:
@@ -309,17 +304,13 @@ def _locked(place: Place, path: Path) -> TextIO:
     while True:
         with clear_disk_errors(place):
             file = path.open("a+")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return file  # a file system without locks
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            file.close()
-            raise UserError(
-                f"OUT={place} is being written by {owner}; wait for it, end it, or give another OUT"
-            ) from None
+        taken = take_lock(file)
+        if taken is None:
+            return file
+        if not taken:
+            with file:
+                owner = lock_owner(file)
+            raise UserError(f"OUT={place} is being written by {owner}; wait for it, end it, or give another OUT")
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
         file.close()  # its last owner has just removed it

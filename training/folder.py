@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
-import socket
 import stat
 import time
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from musicgen import about
+from musicgen import about, files
 from musicgen.errors import UserError
 from training import record, state
 
@@ -223,7 +221,6 @@ def clear_leftovers(folder: Path) -> None:
 
 
 _held: dict[Path, Any] = {}
-_LOCKED = (errno.EACCES, errno.EAGAIN)  # another process has it
 
 
 def hold(folder: Path) -> None:
@@ -239,27 +236,18 @@ def hold(folder: Path) -> None:
         file = path.open("a+")
     except OSError as error:
         raise UserError(f"RUN={str(folder)!r} cannot be written: {error.strerror or error}") from error
-    try:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _LOCKED:
-                raise
-            time.sleep(0.2)  # it may be `is_held` that looks
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in _LOCKED:
-            return  # a file system without locks
-        file.seek(0)
+    taken = files.take_lock(file)
+    if taken is False:
+        time.sleep(0.2)  # it may be `is_held` that looks
+        taken = files.take_lock(file)
+    if taken is False:
         raise UserError(
-            f"RUN={str(folder)!r} is being trained by {file.read().strip() or 'another process'}; wait for it, end it, "
-            "or give another RUN"
-        ) from None
-    _held[path] = file
-    with contextlib.suppress(OSError):  # a full disk: the lock is held, and only its owner's name is missing
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+            f"RUN={str(folder)!r} is being trained by {files.lock_owner(file)}; wait for it, end it, or give another "
+            "RUN"
+        )
+    if taken:
+        _held[path] = file
+        files.sign_lock(file)
 
 
 def is_held(folder: Path) -> bool | None:
@@ -272,11 +260,8 @@ def is_held(folder: Path) -> bool | None:
     except OSError:
         return None
     with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return True if error.errno in _LOCKED else None
-    return False
+        free = files.take_lock(file)
+    return None if free is None else not free
 
 
 def make_run(run: str, wanted: dict[str, Any]) -> str:
