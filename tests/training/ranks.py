@@ -9,9 +9,11 @@ with `withdraw` deletes a file then; one with `casts` lets every part of a step 
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -37,7 +39,8 @@ def together(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, timeout: 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    children = []
+    children: list[subprocess.Popen[bytes]] = []
+    said: list[Path] = []
     for rank in range(ranks):
         env = {
             **os.environ,
@@ -47,6 +50,7 @@ def together(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, timeout: 
             "LOCAL_RANK": str(rank),
             "RANK": str(rank),
             "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",  # else each group of processes asks for this machine's name
             "WANDB_MODE": "disabled",
         }
         command = [
@@ -56,15 +60,32 @@ def together(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, timeout: 
             str(folder / "jobs.json"),
             str(folder / f"{rank}.json"),
         ]
-        children.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        said.append(folder / f"{rank}.log")
+        with said[-1].open("w") as log:
+            children.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
     deadline = time.monotonic() + timeout
     try:
-        said = [child.communicate(timeout=max(deadline - time.monotonic(), 1))[0] for child in children]
+        while any(child.poll() is None for child in children):
+            if any(child.returncode for child in children):  # who waits for the dead one would wait for long
+                deadline = min(deadline, time.monotonic() + 5)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        stuck = [child.poll() is None for child in children]
+        for child, is_stuck in zip(children, stuck):
+            if is_stuck:
+                child.send_signal(signal.SIGUSR2)  # faulthandler says where each thread stands
+        if any(stuck):
+            time.sleep(1)
     finally:
         for child in children:
             child.kill()
-    for rank, (child, text) in enumerate(zip(children, said)):
-        assert child.returncode == 0, f"rank {rank}:\n{text[-4000:]}"
+            child.wait()
+    words = "\n".join(
+        f"--- rank {rank}: {'stuck' if is_stuck else child.returncode}\n{log.read_text(errors='replace')[-6000:]}"
+        for rank, (child, is_stuck, log) in enumerate(zip(children, stuck, said))
+    )
+    assert not any(stuck) and not any(child.returncode for child in children), words
     by_rank = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
     return [list(job) for job in zip(*by_rank)]
 
@@ -77,6 +98,7 @@ def _when(once: Path, act: Callable[[], None]) -> None:
 
 def main() -> None:
     """Run the jobs of the file."""
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     from musicgen.errors import UserError
     from training import train
     from training.copies import WorkingCopies
