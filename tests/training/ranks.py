@@ -40,7 +40,7 @@ def together(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, timeout: 
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     children: list[subprocess.Popen[bytes]] = []
-    said: list[Path] = []
+    logs = [folder / f"{rank}.log" for rank in range(ranks)]
     for rank in range(ranks):
         env = {
             **os.environ,
@@ -50,9 +50,10 @@ def together(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, timeout: 
             "LOCAL_RANK": str(rank),
             "RANK": str(rank),
             "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo",  # else each group of processes asks for this machine's name
             "WANDB_MODE": "disabled",
         }
+        if sys.platform == "linux":
+            env["GLOO_SOCKET_IFNAME"] = "lo"  # else each group of processes asks for this machine's name
         command = [
             sys.executable,
             "-m",
@@ -60,34 +61,43 @@ def together(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, timeout: 
             str(folder / "jobs.json"),
             str(folder / f"{rank}.json"),
         ]
-        said.append(folder / f"{rank}.log")
-        with said[-1].open("w") as log:
+        with logs[rank].open("w") as log:
             children.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-    deadline = time.monotonic() + timeout
     try:
-        while any(child.poll() is None for child in children):
-            if any(child.returncode for child in children):  # who waits for the dead one would wait for long
-                deadline = min(deadline, time.monotonic() + 5)
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        stuck = [child.poll() is None for child in children]
-        for child, is_stuck in zip(children, stuck):
-            if is_stuck:
-                child.send_signal(signal.SIGUSR2)  # faulthandler says where each thread stands
-        if any(stuck):
-            time.sleep(1)
+        became = wait_for(children, timeout)
     finally:
         for child in children:
             child.kill()
             child.wait()
-    words = "\n".join(
-        f"--- rank {rank}: {'stuck' if is_stuck else child.returncode}\n{log.read_text(errors='replace')[-6000:]}"
-        for rank, (child, is_stuck, log) in enumerate(zip(children, stuck, said))
-    )
-    assert not any(stuck) and not any(child.returncode for child in children), words
+    if any(became):  # the output of all: who was stuck waited for another
+        said = [log.read_text(errors="replace")[-6000:] for log in logs]
+        raise AssertionError(
+            "\n".join(f"--- rank {i}: {how}\n{text}" for i, (how, text) in enumerate(zip(became, said)))
+        )
     by_rank = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
     return [list(job) for job in zip(*by_rank)]
+
+
+def wait_for(children: list[subprocess.Popen[bytes]], timeout: float, grace: float = 5) -> list[int | str]:
+    """Wait for processes that train together; returns the exit code of each, `stuck` where it did not end.
+
+    Who is stuck is asked by SIGUSR2 to write down where its threads stand.
+
+    Args:
+        timeout: seconds for all.
+        grace: seconds that the others have once one has failed, for which they might wait in vain.
+    """
+    deadline = time.monotonic() + timeout
+    while None in (codes := [child.poll() for child in children]) and time.monotonic() < deadline:
+        if any(codes):
+            deadline = min(deadline, time.monotonic() + grace)
+        time.sleep(0.05)
+    for child, code in zip(children, codes):
+        if code is None:
+            child.send_signal(signal.SIGUSR2)
+    if None in codes:
+        time.sleep(1)
+    return ["stuck" if code is None else code for code in codes]
 
 
 def _when(once: Path, act: Callable[[], None]) -> None:

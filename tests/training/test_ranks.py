@@ -3,6 +3,8 @@
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from musicgen import weights
-from tests.training.ranks import together
+from tests.training.ranks import together, wait_for
 from tests.training.synthetic import small_codec, write_dataset
 from tests.training.tiny_run import curves as metrics
 from training import lineage, record, state, train
@@ -51,6 +53,22 @@ def moved(run: Path, to: Path) -> Path:
     shutil.copytree(run, to)
     shutil.rmtree(to / "state" / "step-4")
     return to
+
+
+@pytest.mark.parametrize("other, code", [("raise SystemExit(3)", 3), ("time.sleep(60)", "stuck")])
+def test_a_rank_that_waits_in_vain_says_where(other: str, code: int | str, tmp_path: Path) -> None:
+    begin = "import faulthandler, signal, time; faulthandler.register(signal.SIGUSR2, all_threads=True); "
+    with (tmp_path / "log").open("w") as log:
+        children = [
+            subprocess.Popen([sys.executable, "-c", begin + rest], stderr=log) for rest in ("time.sleep(60)", other)
+        ]
+    try:
+        assert wait_for(children, timeout=60 if code == 3 else 4, grace=2) == ["stuck", code]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    assert (tmp_path / "log").read_text().count("most recent call first") == (1 if code == 3 else 2)
 
 
 @pytest.fixture(scope="module")
