@@ -27,7 +27,7 @@ from musicgen.lm import MusicLM
 from training import folder as folder_of
 from training import state, strategy, traffic
 from training.data import Batch
-from training.launch import AskedToLeave
+from training.launch import AskedToLeave, SharedError
 from training.module import MusicLMModule
 from training.record import Record
 from training.watch import Stopwatch
@@ -298,13 +298,13 @@ class Clips(EachStep):
 
 
 def one_answer(error: UserError | None) -> UserError | None:
-    """The first error that any rank has, on all of them; every rank calls it."""
+    """The first error that any rank has, on all of them (a `SharedError`); every rank calls it."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return error
     said: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(said, None if error is None else str(error))
     first = next((text for text in said if text is not None), None)
-    return error or (None if first is None else UserError(first))
+    return None if first is None else SharedError(first)
 
 
 class States(EachStep, AskedToLeave):
@@ -313,7 +313,8 @@ class States(EachStep, AskedToLeave):
     SIGTERM (a machine taken away), SIGUSR1 (Slurm, some minutes before its limit) and a first Ctrl-C only set a flag;
     the ranks tell each other beside the next step, save at the same one and stop. So they do where a rank has seen a
     batch ahead that it cannot read. A second Ctrl-C ends the training at once, and the last state is what is left. A
-    state that cannot be written on the way is said and tried again at the next; the last one must succeed.
+    state that cannot be written on the way is said and tried again at the next; the last one is tried twice and must
+    succeed, or all ranks end with what the disk said.
 
     Args:
         folder: the run's `state/`.
@@ -363,27 +364,29 @@ class States(EachStep, AskedToLeave):
         if leave or (self.config.state_every and self.due(step, self.config.state_every)):
             self._save(trainer, module, must=leave or step == self.last_step)
             self.stopwatch.pause(began)
-        error = self.saver.failed()
-        if error is not None:
-            self._warn(error)
+        self._warn(self.saver.failed())
         if leave and step != self.last_step:
             trainer.should_stop = True
             self.unreadable = one_answer(self.loader.failed)
             self.left_at = step if self.unreadable is None else None
 
     def _save(self, trainer: pl.Trainer, module: MusicLMModule, *, must: bool) -> None:
-        try:
-            self.saver.save(module.lm, module.ema, trainer.optimizers[0], module.progress)
-        except UserError as error:
-            self._warn(error)
-            if must and trainer.world_size == 1:  # several would have to try again together
-                self.saver.save(module.lm, module.ema, trainer.optimizers[0], module.progress)
-        if must:
-            self.saver.wait()
+        self._warn(self.saver.ended())  # the state before
+        error = self._write(trainer, module, wait=must)
+        if must and (error := one_answer(error)) is not None:
+            self._warn(error, "it is tried once more")
+            if (error := one_answer(self._write(trainer, module, wait=True))) is not None:
+                raise error
+        self._warn(error)
 
-    def _warn(self, error: UserError) -> None:
-        if self.saver.rank == 0:
-            print(f"warning   {error}; training goes on", flush=True)
+    def _write(self, trainer: pl.Trainer, module: MusicLMModule, *, wait: bool) -> UserError | None:
+        """Write a state together with the other ranks; what this one knows of a failure where it has waited."""
+        self.saver.save(module.lm, module.ema, trainer.optimizers[0], module.progress)
+        return self.saver.ended() if wait or not self.background else None
+
+    def _warn(self, error: UserError | None, then: str = "training goes on") -> None:
+        if error is not None and self.saver.rank == 0:
+            print(f"warning   {error}; {then}", flush=True)
 
     def _all_agree(self, trainer: pl.Trainer) -> bool:
         """Whether any rank was asked to leave, or cannot go on, before the step that has just been made: the same

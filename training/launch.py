@@ -6,8 +6,10 @@ two contradict each other the run stops in words. Without a launcher Lightning s
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +22,23 @@ from training.strategy import HardwareConfig
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a machine that is taken away; Slurm, some minutes before its limit
 EXIT_REQUEUE = 75  # asked to leave: the state is saved, run the same command again (EX_TEMPFAIL of sysexits.h)
 EXIT_INTERRUPTED = 130  # Ctrl-C, in the words of shells: 128 and the number of SIGINT
+
+
+class SharedError(UserError):
+    """What all processes of a training raise at the same step: the first one tells it, the others end quietly.
+
+    Lightning kills those that it started together as soon as one of them ends with an error, and the first one may
+    still have its record to close.
+    """
+
+
+def end_with_the_first(launched: Launched) -> None:
+    """Let the kernel end this process together with the first one of its machine, where that one started it (Linux).
+
+    A process inside a collective of NCCL hears of no other one's end, and would keep its GPU until a time limit.
+    """
+    if sys.platform == "linux" and not launched.by and launched.local_rank > 0:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @contextmanager

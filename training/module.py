@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 from musicgen import patterns
 from musicgen.conditioning import TextEncoder, padded
-from musicgen.errors import UserError
 from musicgen.lm import MusicLM
 from musicgen.style import Latents
 from training import loss, optim, plan, state, strategy
 from training.copies import WorkingCopies
 from training.data import Batch
+from training.launch import SharedError
 from training.traffic import Traffic
 from training.watch import Phases
 
 
-class NonFiniteLoss(UserError):
+class NonFiniteLoss(SharedError):
     """The loss or the gradient is not a number; the step's update was not made."""
 
 

@@ -12,6 +12,7 @@ else that a run needs follows from the step: crops, captions and drop-outs (trai
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -126,11 +127,8 @@ class Saver:
     def save(self, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Write the state of `progress.step`; returns once its tensors may change again.
 
-        Every rank calls this at the same step. What became of an earlier state is told by `failed` and must not keep
-        one rank from writing this one together with the others.
-
-        Raises:
-            UserError: where nothing is written in the background: this state, or one before, could not be written.
+        Every rank calls this at the same step. What became of it is told by `failed` and `ended`: an error of one rank
+        must not keep it from writing together with the others.
         """
         import torch.distributed.checkpoint as dcp
 
@@ -143,8 +141,9 @@ class Saver:
             document["best_loss"] = None
         place = self.folder / f".step-{progress.step}.tmp"
         self._written.clear()
-        try:
+        with contextlib.suppress(OSError):  # which DCP meets again, and tells to all ranks
             place.mkdir(parents=True, exist_ok=True)
+        try:
             options: dict[str, Any] = {
                 "storage_writer": dcp.HuggingFaceStorageWriter(str(place), _files(tensors), save_distributed=True),
                 "process_group": self.group,
@@ -161,13 +160,11 @@ class Saver:
             self._finish(place, document, error)
         else:
             self._finish(place, document, None)
-        self.wait()
 
-    def wait(self) -> None:
-        """Wait until nothing is being written. Raises `UserError` once for a state that could not be."""
+    def ended(self) -> UserError | None:
+        """The error of a state that could not be written, once; waits until none is being written."""
         self._written.wait()
-        if self._errors:
-            raise self._errors.pop(0)
+        return self.failed()
 
     def failed(self) -> UserError | None:
         """The error of a state that could not be written, once, without waiting."""

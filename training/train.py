@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
-    """Train or go on; returns the run's folder.
+    """Train or go on; returns the run's folder. Where all processes end for the same reason, rank 0 says it.
 
     Args:
         launched: this process among those that train together; as its environment says when None.
@@ -70,6 +70,7 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
         launched=run.launched,
         logger=logger,
     )
+    launch.end_with_the_first(run.launched)
     try:
         trainer.fit(module, train_dataloaders=loader)
     except BaseException as error:
@@ -82,11 +83,11 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
             journal.finish(exit_code=1)
         if interrupted:
             raise KeyboardInterrupt from None
+        if not run.is_zero and isinstance(error, launch.SharedError):
+            return run.folder
         raise
     if journal is not None:
         _close(run, module, watched, journal)
-    if watched.states.unreadable is not None:
-        raise watched.states.unreadable
     return run.folder
 
 

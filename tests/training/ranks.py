@@ -13,6 +13,7 @@ import faulthandler
 import functools
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -31,7 +32,7 @@ def together(jobs: list[dict[str, Any]], folder: Path, ranks: int = 2, timeout: 
 
     Args:
         jobs: `argv`, and optionally `signal` = [rank, number, metrics file to wait for], `withdraw` = [rank, file,
-            metrics file to wait for], or `casts` = true.
+            metrics file to wait for], `full` = [rank, the largest file that it can write], or `casts` = true.
         folder: for the exchange.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,6 +120,9 @@ def main() -> None:
             if job.get(what, [None])[0] == rank:
                 _, given, once = job[what]
                 threading.Thread(target=_when, args=(Path(once), functools.partial(act, given)), daemon=True).start()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if job.get("full", [None])[0] == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["full"][1], limits[1]))
         try:
             with mock.patch.object(WorkingCopies, "put_in", lambda _: None) if job.get("casts") else nullcontext():
                 train.main(job["argv"])
@@ -127,6 +131,8 @@ def main() -> None:
             results.append(f"exit {left.code}")
         except UserError as error:
             results.append(f"{type(error).__name__}: {error}")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     Path(sys.argv[2]).write_text(json.dumps(results))
 
 

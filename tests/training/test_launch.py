@@ -1,6 +1,8 @@
 """Who started the processes, and torchrun for real: two processes, asked to leave, started again."""
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -58,6 +60,28 @@ def test_a_task_of_slurm_is_one_and_a_shell_of_slurm_is_none(monkeypatch: pytest
     with pytest.raises(UserError, match=r"hardware.nodes is 2, but this process was started alone"):
         launch.fitted(two, alone, {})
     assert launch.fitted(two, alone, {"NODE_RANK": "1"}) == two
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux")
+@pytest.mark.parametrize(("local_rank", "ends"), [(1, True), (0, False)])
+def test_a_rank_ends_with_the_one_that_started_it(local_rank: int, ends: bool, tmp_path: Path) -> None:
+    """As one of Lightning's, whose first process is killed: nobody else would tell it."""
+    rank = "import os, time; from training import launch; launch.end_with_the_first(launch.here()); "
+    rank += "print(os.getpid(), flush=True); time.sleep(600)"
+    first = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {rank!r}]); time.sleep(600)"
+    env = {**os.environ, "LOCAL_RANK": str(local_rank)}
+    parent = subprocess.Popen([sys.executable, "-c", first], env=env, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent.stdout as said:
+        child = int(said.readline())
+        parent.kill()
+        parent.wait()
+        try:
+            gone, _, _ = select.select([said], [], [], 30 if ends else 1)  # its end closes what it writes to
+            assert bool(gone) == ends
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
 
 
 def test_torchrun_asked_to_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

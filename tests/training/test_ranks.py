@@ -1,5 +1,6 @@
 """Two real processes over gloo: copies and shards train as one process does, and a run moves between them."""
 
+import re
 import shlex
 import shutil
 import signal
@@ -105,6 +106,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             job("withdrawn", *lent, withdraw=[0, str(gone), str(folder / "withdrawn" / "metrics.jsonl")]),
             job("copies", *BF16, "--batch.accumulate", "2"),
             job("casts", *BF16, "--batch.accumulate", "2", casts=True),
+            *(job(f"no-room-{how}", "--log.state_background", how, full=[1, 20_000]) for how in ("on", "off")),
         ],
         folder / "first",
     )
@@ -133,10 +135,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         folder / "second",
     )
-    done = [*first[:5], first[6], *first[8:], *second[:2], *second[3:]]
+    done = [*first[:5], first[6], *first[8:10], *second[:2], *second[3:]]
     assert done == [["ok", "ok"]] * 14
     (folder / "withdrawn" / "became").write_text("\n".join(first[7]))
     (folder / "asked" / "became").write_text("\n".join(first[5]))
+    for run, became in zip(("no-room-on", "no-room-off"), first[10:], strict=True):
+        (folder / run / "became").write_text("\n".join(became))
     (folder / "spoiled" / "became").write_text("\n".join(second[2]))
     return folder
 
@@ -209,7 +213,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_asks_to_be_run_again(place: Path)
 
 def test_music_withdrawn_in_mid_run_stops_all_ranks_with_their_state_saved(place: Path) -> None:
     became = (place / "withdrawn" / "became").read_text().splitlines()
-    assert all("train-00000.tar is gone (deleted or withdrawn)" in words for words in became) and len(became) == 2
+    assert "train-00000.tar is gone (deleted or withdrawn)" in became[0] and became[1:] == ["ok"]
     start, failed, again, done = lineage.read(place / "withdrawn")
     step = failed["step"]
     assert failed["how"] == "failed" and f"saved its state of step {step}" in became[0] and 1 < step < 60
@@ -220,9 +224,17 @@ def test_music_withdrawn_in_mid_run_stops_all_ranks_with_their_state_saved(place
 
 def test_a_loss_that_is_not_finite_stops_all_ranks(place: Path) -> None:
     became = (place / "spoiled" / "became").read_text().splitlines()
-    assert len(became) == 2 and became[0] == became[1]
-    assert became[0].startswith("NonFiniteLoss: the loss is not finite at step 3 (tracks 0")
+    assert became[1:] == ["ok"] and became[0].startswith("NonFiniteLoss: the loss is not finite at step 3 (tracks 0")
     assert state.steps_in(place / "spoiled" / "state") == [2]
+
+
+@pytest.mark.parametrize("background", ["on", "off"])
+def test_a_last_state_that_one_rank_cannot_write_ends_all_in_words(place: Path, background: str) -> None:
+    run = place / f"no-room-{background}"
+    became = (run / "became").read_text().splitlines()
+    said = r"SharedError: the state of step 4 could not be written to .*: File too large\. The last whole state is none"
+    assert re.match(said, became[0]) and became[1:] == ["ok"]
+    assert lineage.read(run)[-1]["how"] == "failed" and list((run / "state").iterdir()) == []
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ def write(run: Path, **known: Any) -> None:
     trained(4, model, optimizer, ema)
     saver = state.Saver(run / "state", background=False)
     saver.save(model, ema, optimizer, state.Progress(step=4, audio_seconds_seen=9.5, **known))
+    assert saver.ended() is None
 
 
 def refused(run: Path, said: str, step: int = 4) -> None:

@@ -106,6 +106,7 @@ def _fit(module: Any, stream: Any, names: list[str], run: Path, last: Path | Non
     watch = Watch(journal, run, config, names)
     trainer = strategy.build_codec_trainer(config.hardware, steps=config.steps, callbacks=[watch], launched=launched)
     finished = 1
+    launch.end_with_the_first(launched)
     try:
         trainer.fit(module, DataLoader(stream, batch_size=None), ckpt_path=last, weights_only=True)
         finished = 0
@@ -116,10 +117,9 @@ def _fit(module: Any, stream: Any, names: list[str], run: Path, last: Path | Non
     finally:
         if journal is not None:
             journal.finish(finished)
-    if watch.left_at is not None:
-        if first:
-            name = signal.Signals(watch.asked).name if watch.asked else "another process"
-            print(f"left after step {watch.left_at} of {config.steps}, asked by {name}; the same command goes on")
+    if watch.left_at is not None and first:  # the first one speaks for all
+        name = signal.Signals(watch.asked).name if watch.asked else "another process"
+        print(f"left after step {watch.left_at} of {config.steps}, asked by {name}; the same command goes on")
         raise SystemExit(watch.exit_code())
 
 
