@@ -105,7 +105,7 @@ def _size(folder: Path) -> int:
 
 
 def music(config: AssetsConfig, work: Path) -> None:
-    """Render the ten hours, and the embedded catalogue when asked."""
+    """Render the hours of music, and the embedded catalogue when asked."""
     if config.embedded:
         _command("pipelines.demo.catalogue", "--embedded", "--out", str(CATALOGUE))
     _command(
@@ -132,7 +132,7 @@ def codec(config: AssetsConfig, work: Path) -> None:
 
 
 def tokens(config: AssetsConfig, work: Path) -> None:
-    """Turn the ten hours into shards with the shipped codec."""
+    """Turn the hours of music into shards with the shipped codec."""
     _command(
         "pipelines.ingest", "--config", str(ROOT / "configs/ingest/demo.yaml"), "--catalog",
         str(work / "music" / "catalog.jsonl"), "--out", str(work / "tokens"), "--codec", _codec_name(config),

@@ -362,7 +362,7 @@ def choose(
     share = task.batch // ranks
     micros = [share // accumulate] if accumulate else [d for d in range(share, 0, -1) if share % d == 0]
     kinds: Sequence[Checkpointing] = ("none", "selective", "full") if checkpointing == "auto" else (checkpointing,)
-    layouts = _layouts(task, device, ranks, nodes, strategy, shard_group)
+    layouts = _layouts(task, ranks, nodes, strategy, shard_group)
     wanted = {
         "strategy": strategy,
         "checkpointing": checkpointing,
@@ -435,9 +435,7 @@ def _why_recomputed(chosen: Plan, fitting: Sequence[Plan], smallest: dict[str, P
     return f"because {chosen.strategy} then fits, which costs less traffic"
 
 
-def _layouts(
-    task: Task, device: Device, ranks: int, nodes: int, strategy: str, shard_group: int
-) -> list[tuple[Strategy, int, str]]:
+def _layouts(task: Task, ranks: int, nodes: int, strategy: str, shard_group: int) -> list[tuple[Strategy, int, str]]:
     """Strategies worth trying, in order, each with the ranks per copy and the reason."""
     if ranks == 1:
         return [("single", 1, "one process")]

@@ -25,7 +25,7 @@ from musicgen import files
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
 from training import folder as folder_of
-from training import state, strategy, traffic
+from training import products, state, strategy, traffic
 from training.data import Batch
 from training.launch import AskedToLeave, SharedError
 from training.module import MusicLMModule
@@ -35,6 +35,7 @@ from training.watch import Stopwatch
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
+    from musicgen.model import MusicGen
     from training.products import Release
 
 
@@ -225,7 +226,7 @@ class Clips(EachStep):
         record: where clips go; None on ranks other than 0.
         config: when, how many, how long.
         prompts: what to ask for.
-        make: (averaged model, module, path, prompt, seed, seconds) writes one clip and returns what made it.
+        prepare: (averaged model, module) gives a model ready to generate.
         ceilings: (folder) writes recordings through the codec, the best that a clip can sound, and returns files and
             captions.
 
@@ -239,13 +240,13 @@ class Clips(EachStep):
         config: LogConfig,
         last_step: int,
         prompts: Sequence[str | None],
-        make: Callable[[MusicLM, MusicLMModule, Path, str | None, int, float], dict[str, Any]],
+        prepare: Callable[[MusicLM, MusicLMModule], MusicGen],
         ceilings: Callable[[Path], list[tuple[Path, str]]],
         stopwatch: Stopwatch,
     ) -> None:
         super().__init__(last_step)
         self.record, self.config, self.prompts = record, config, list(prompts)
-        self.make, self.ceilings, self.stopwatch = make, ceilings, stopwatch
+        self.prepare, self.ceilings, self.stopwatch = prepare, ceilings, stopwatch
         self.missing = ""
 
     def after_step(self, trainer: pl.Trainer, module: MusicLMModule, step: int) -> None:
@@ -269,7 +270,7 @@ class Clips(EachStep):
         with module.averaged() as model:
             if model is not None and self.record is not None:
                 try:
-                    self._make_all(self.record, model, module, step)
+                    self._make_all(self.record, self.prepare(model, module), step)
                 except (OSError, UserError) as error:
                     self.missing = folder_of.refused_by_disk(error)
                 else:
@@ -281,7 +282,7 @@ class Clips(EachStep):
         elif self.missing and not strategy.is_sharded(module.lm):  # else the ranks would have to try together
             self._try(module, self.last_step)
 
-    def _make_all(self, record: Record, model: MusicLM, module: MusicLMModule, step: int) -> None:
+    def _make_all(self, record: Record, model: MusicGen, step: int) -> None:
         folder = record.folder / "samples"
         folder.mkdir(exist_ok=True)
         clips = []
@@ -289,7 +290,7 @@ class Clips(EachStep):
             record.clips(step, self.ceilings(folder), "ceilings")
         for number, prompt in enumerate(self.prompts):
             path = folder / f"step-{step:07d}-{number}.wav"
-            details = self.make(model, module, path, prompt, number, self.config.clip_seconds)
+            details = products.make_clip(model, path, prompt, number, self.config.clip_seconds)
             details = {"step": step, "prompt": prompt, "file": path.name, **details}
             about = json.dumps(details, indent=2, ensure_ascii=False) + "\n"
             files.write_bytes(path.with_suffix(".json"), about.encode())

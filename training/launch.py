@@ -6,6 +6,7 @@ two contradict each other the run stops in words. Without a launcher Lightning s
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -39,6 +40,22 @@ def end_with_the_first(launched: Launched) -> None:
     """
     if sys.platform == "linux" and not launched.by and launched.local_rank > 0:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def part_at_exit(launched: Launched) -> None:
+    """Leave the others before the interpreter goes, once all is done; Ray does it for its own workers.
+
+    Threads that still talk then can abort the process, whose work a launcher would count as failed.
+    """
+    if launched.by != "Ray":
+        atexit.register(_part)
+
+
+def _part() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -201,7 +218,7 @@ def here(env: Mapping[str, str] = os.environ) -> Launched:
     return Launched("", rank, number("LOCAL_RANK"), environment=alone)
 
 
-def fitted(hardware: HardwareConfig, launched: Launched, env: Mapping[str, str] = os.environ) -> HardwareConfig:
+def fitted(hardware: HardwareConfig, launched: Launched) -> HardwareConfig:
     """The settings with the processes that the launcher started.
 
     Raises:
@@ -209,8 +226,7 @@ def fitted(hardware: HardwareConfig, launched: Launched, env: Mapping[str, str] 
             started processes on them.
     """
     if not launched.by:
-        # Lightning starts the processes of one machine; by these two variables it knows of others.
-        if hardware.nodes > 1 and not {"NODE_RANK", "GROUP_RANK"} & env.keys():
+        if hardware.nodes > 1:
             raise UserError(
                 f"--hardware.nodes is {hardware.nodes}, but this process was started alone and would wait for the "
                 "others: start the command on every machine by torchrun or srun (see infra/README.md) or by Ray "

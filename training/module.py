@@ -292,7 +292,11 @@ class MusicLMModule(pl.LightningModule):
         put together from all ranks.
         """
         if strategy.is_sharded(self.lm):
-            whole = {name: strategy.number(t).cpu() for name, t in self.ema.shadow.items()}
+            whole = {}
+            for name, part in self.ema.shadow.items():
+                tensor = strategy.number(part)
+                if not self.global_rank:
+                    whole[name] = tensor.cpu()
             if self.global_rank:
                 yield None
                 return

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -40,9 +40,6 @@ from musicgen.errors import UserError
 from training import launch
 from training.config import TrainConfig
 from training.launch import EXIT_REQUEUE, SIGNALS
-
-if TYPE_CHECKING:
-    from training.config import TrainConfig
 
 
 class _Words:

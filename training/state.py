@@ -21,7 +21,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,23 @@ def steps_in(folder: Path) -> list[int]:
     Raises:
         ValueError: a folder among them whose name is no step.
     """
-    found = [p.name for p in folder.glob("step-*") if (p / "state.json").is_file()] if folder.is_dir() else []
+    found = _whole_in(folder)
     if not all(map(is_step, found)):
-        raise ValueError(f"{folder} holds more than states: {', '.join(sorted(found))}")
-    return sorted(int(name.removeprefix("step-")) for name in found)
+        raise ValueError(f"{folder} holds more than states: {', '.join(found)}")
+    return _steps_of(found)
+
+
+def kept_in(folder: Path) -> list[int]:
+    """As `steps_in`, beside folders of other names: a user may copy a state while a run writes the next."""
+    return _steps_of(name for name in _whole_in(folder) if is_step(name))
+
+
+def _whole_in(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.glob("step-*") if (p / "state.json").is_file())
+
+
+def _steps_of(names: Iterable[str]) -> list[int]:
+    return sorted(int(name.removeprefix("step-")) for name in names)
 
 
 def is_step(name: str) -> bool:
@@ -183,10 +196,12 @@ class Saver:
         except OSError as problem:
             error = problem
         finally:
-            if error is not None:
-                shutil.rmtree(place, ignore_errors=True)
-                self._errors.append(self._sorry(document["step"], error))
-            self._written.set()
+            try:
+                if error is not None:
+                    shutil.rmtree(place, ignore_errors=True)
+                    self._errors.append(self._sorry(document["step"], error))
+            finally:
+                self._written.set()  # whatever happened: the next state waits for it
 
     def _files_of(self, place: Path) -> dict[str, int]:
         """Names and sizes of a state's files. Raises `OSError` where a rank's are not there."""
@@ -198,14 +213,14 @@ class Saver:
         return files
 
     def _drop(self, best_step: int | None) -> None:
-        steps = steps_in(self.folder)
+        steps = kept_in(self.folder)
         kept = {*steps[-self.keep_last :], best_step}
         for step in steps:
             if step not in kept and not (self.keep_every and step % self.keep_every == 0):
                 shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
 
     def _sorry(self, step: int, error: BaseException) -> UserError:
-        kept = steps_in(self.folder)
+        kept = kept_in(self.folder)
         return UserError(
             f"the state of step {step} could not be written to {self.folder}: {_reason(error)}. "
             f"The last whole state is {f'step {kept[-1]}' if kept else 'none'}; free some room and run the same "

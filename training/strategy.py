@@ -1,8 +1,9 @@
-"""On which hardware and how: the only file that sets up DDP, FSDP, compile and precision. Builds the Trainer.
+"""On which hardware and how: the only file that sets up DDP, FSDP, compiled blocks and precision.
 
-One process trains alone. Several run DDP, each with a whole copy of the model, or FSDP2 (Lightning's
-ModelParallelStrategy), where blocks are sharded over all ranks (fsdp) or over groups that mirror each other (hybrid);
-gloo on CPUs, NCCL on GPUs. bf16 means autocast with float32 master weights; weights, moments and average stay float32.
+It builds the Trainer. One process trains alone. Several run DDP, each with a whole copy of the model, or FSDP2
+(Lightning's ModelParallelStrategy), where blocks are sharded over all ranks (fsdp) or over groups that mirror each
+other (hybrid); gloo on CPUs, NCCL on GPUs. bf16 means autocast with float32 master weights; weights, moments and
+average stay float32.
 Which of these a run takes is decided by `training.budget` unless the settings say so.
 """
 

@@ -86,6 +86,7 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
         if not run.is_zero and isinstance(error, launch.SharedError):
             return run.folder
         raise
+    launch.part_at_exit(run.launched)
     if journal is not None:
         _close(run, module, watched, journal)
     return run.folder
@@ -93,7 +94,10 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
 
 @dataclass
 class _Watched:
-    """What looks on while a run trains, and acts: in the order in which Lightning calls them."""
+    """What looks on while a run trains, and acts: in the order in which Lightning calls them.
+
+    The clock comes first, so that what the others do after a step lies outside of it.
+    """
 
     profile: watch.Profile
     recorder: callbacks.Recorder
@@ -105,7 +109,7 @@ class _Watched:
 
     @property
     def callbacks(self) -> list[pl.Callback]:
-        return [self.profile, self.recorder, self.validation, self.clips, self.states, self.bar, self.clock]
+        return [self.clock, self.profile, self.recorder, self.validation, self.clips, self.states, self.bar]
 
 
 def _loader_of(run: Start) -> Any:
@@ -152,14 +156,14 @@ def _watch(run: Start, journal: Record | None, loader: Any) -> _Watched:
         before=bool(config.init),
     )
     texts = [t for b in batches for t in b.texts]
-    prompts = products.clip_prompts(run.shards, log, texts) if run.is_zero else []
+    prompts = products.clip_prompts(log, texts) if run.is_zero else []
     describe = functools.partial(products.release_info, config=config, shards=run.shards, origin=run.origin)
     clips = callbacks.Clips(
         journal,
         log,
         config.steps,
         prompts,
-        functools.partial(products.make_clip, codec=run.codec, info=describe),
+        functools.partial(products.generator, codec=run.codec, info=describe),
         functools.partial(
             products.make_ceilings, batches=batches, prompts=prompts, codec=run.codec, seconds=log.clip_seconds
         ),

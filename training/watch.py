@@ -94,12 +94,14 @@ class Stopwatch(pl.Callback):
         self.mark += gone
 
     def read(self, audio_seconds: float, step: int) -> dict[str, float]:
-        """Figures of the window up to here: a mean over its steps."""
-        wall = max(time.perf_counter() - self.begin - self.paused, 1e-9)
+        """Figures of the window up to here, after a batch and before the next: a mean over its steps."""
+        now = time.perf_counter()
+        wall = max(now - self.begin - self.paused, 1e-9)
+        outside = self.outside + now - self.mark
         steps = max(step - self.step_begin, 1)
         figures = {
             "train/audio_seconds_per_second": (audio_seconds - self.audio_begin) / wall,
-            "train/outside_model_share": min(self.outside / wall, 1.0),
+            "train/outside_model_share": min(outside / wall, 1.0),
             "seconds/step": wall / steps,
             "seconds/data": (getattr(self.loader, "waited", 0.0) - self.waited_begin) / steps,
         }

@@ -58,8 +58,18 @@ def test_a_task_of_slurm_is_one_and_a_shell_of_slurm_is_none(monkeypatch: pytest
     assert launch.fitted(HardwareConfig(devices=2), alone) == HardwareConfig(devices=2)
     two = HardwareConfig(nodes=2)
     with pytest.raises(UserError, match=r"hardware.nodes is 2, but this process was started alone"):
-        launch.fitted(two, alone, {})
-    assert launch.fitted(two, alone, {"NODE_RANK": "1"}) == two
+        launch.fitted(two, alone)
+
+
+def test_the_processes_part_before_the_interpreter_goes() -> None:
+    job = (
+        "import atexit, torch.distributed as dist; from training import launch; "
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1); dist.new_group(); "
+        "atexit.register(lambda: print(dist.is_initialized())); "  # called after those registered later
+        "launch.part_at_exit(launch.here()); print(dist.is_initialized())"
+    )
+    said = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["True", "False"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux")

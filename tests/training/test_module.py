@@ -21,6 +21,7 @@ from training import budget, data, devices, launch, strategy
 from training.config import TrainConfig, layout_settings, task_of
 from training.module import MusicLMModule
 from training.optim import OptimConfig
+from training.traffic import Traffic
 
 BATCH = data.BatchConfig(crop_seconds=0.64, size=4, accumulate=2, workers=0)
 HARDWARE = strategy.HardwareConfig(accelerator="cpu", precision="float32")
@@ -61,6 +62,19 @@ def test_no_gradient_outlasts_its_step(shards: ShardSet, encoder: TextEncoder, m
     trainer.fit(module, train_dataloaders=data.training_loader(data.Stream(shards, BATCH, seed=1)))
     assert found == [False, True] * 3
     assert not any(torch.equal(p, old) for p, old in zip(module.parameters(), before) if p.ndim > 1)
+
+
+def test_parts_say_where_a_step_is(shards: ShardSet, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the mirrors of shards, which sum at the last part, and to the account of what the ranks wait for."""
+    said: list[Any] = []
+    monkeypatch.setattr(strategy, "sum_mirrors", lambda _, now: said.append(now))
+    for name in ("begin", "stand", "go"):
+        monkeypatch.setattr(Traffic, name, lambda *_, name=name: said.append(name))
+    run = TrainConfig(lm=SHAPE, batch=BATCH, hardware=HARDWARE, steps=3)
+    plan = budget.choose(task_of(run), devices.device_here(1, False), 1, **layout_settings(run))
+    trainer = strategy.build_trainer(HARDWARE, plan, steps=3, callbacks=[], launched=launch.here())
+    trainer.fit(module_of(encoder), train_dataloaders=data.training_loader(data.Stream(shards, BATCH, seed=1)))
+    assert said == ["begin", False, "stand", "go", True, "stand", "go"] * 3
 
 
 def test_gradients_of_copies_stay_in_the_buckets_of_ddp(

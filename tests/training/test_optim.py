@@ -1,8 +1,10 @@
 """Learning rate, averaged weights and saved states."""
 
+import contextlib
 import math
 import re
 import resource
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +161,37 @@ def test_states_are_kept_and_whole(tmp_path: Path) -> None:
     other = torch.nn.Sequential(torch.nn.Linear(5, 4))
     with pytest.raises(UserError, match="cannot be read"):  # a state of another shape
         state.load(tmp_path, 6, other, EMA(other, 0.9))
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_copy_of_a_state_beside_the_others_is_left_alone(tmp_path: Path, background: bool) -> None:
+    model, optimizer, ema = fresh()
+    trained(1, model, optimizer, ema)
+    saver = state.Saver(tmp_path, background=background)
+    for step in (1, 2, 3):
+        saver.save(model, ema, optimizer, state.Progress(step=step))
+        assert saver.ended() is None
+        if step == 1:
+            shutil.copytree(tmp_path / "step-1", tmp_path / "step-1.bak")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1.bak", "step-2", "step-3"]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_an_end_that_fails_keeps_nobody_waiting(
+    tmp_path: Path, background: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer, ema = fresh()
+    trained(1, model, optimizer, ema)
+    saver = state.Saver(tmp_path, background=background)
+
+    def gone(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(saver, "_files_of", gone)
+    monkeypatch.setattr(saver, "_sorry", gone)
+    with contextlib.suppress(OSError):
+        saver.save(model, ema, optimizer, state.Progress(step=1))
+    assert saver._written.wait(timeout=60)
 
 
 @pytest.mark.parametrize("background", [True, False])

@@ -20,6 +20,7 @@ from tests.training.small_run import SMALL, fill_disk
 from training import budget, callbacks, lineage, record, runs, state, train, watch
 from training import data as reading
 from training.config import read_config
+from training.module import MusicLMModule
 
 
 def words(data: Path, run: Path, *more: str) -> list[str]:
@@ -67,6 +68,31 @@ def test_waiting_for_data_shows(data: Path, tmp_path: Path, monkeypatch: pytest.
     for row in rows[1:4]:  # two batches a step, each waited for; towards the end they have been fetched ahead
         assert 0.4 <= row["seconds/data"] < row["seconds/step"]
         assert row["train/outside_model_share"] > 0.9 * row["seconds/data"] / row["seconds/step"]
+
+
+def test_what_callbacks_do_after_a_step_lies_outside_and_a_validation_in_no_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(owner: Any, name: str, seconds: float) -> None:
+        real = getattr(owner, name)
+
+        def act(*given: Any, **more: Any) -> Any:
+            time.sleep(seconds)
+            return real(*given, **more)
+
+        monkeypatch.setattr(owner, name, act)
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    slowly(MusicLMModule, "step_metrics", 0.1)
+    slowly(callbacks.Bar, "after_step", 0.1)
+    slowly(MusicLMModule, "validate", 3.0)
+    more = ["--steps", "4", "--log.every", "1", "--log.valid_every", "2", "--log.state_every", "0"]
+    assert train.main(words(data, tmp_path / "run", *more)) == 0
+    rows = [row for row in record.read_metrics(tmp_path / "run" / "metrics.jsonl") if "seconds/step" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows[1:]:
+        assert 0.2 < row["seconds/step"] < 3
+        assert row["train/outside_model_share"] > 0.9 * 0.2 / row["seconds/step"]
 
 
 def peak_gib() -> float:

@@ -153,7 +153,7 @@ def _cache(config: CodecEvalConfig, codec: codecs.Codec) -> Path:
     return Path(config.cache) / hashlib.sha256(what.encode() + content).hexdigest()[:12]
 
 
-def rows(codec: codecs.Codec, result: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
+def rows(result: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table, in words."""
     head = ["system", "kbit/s", "log-mel", "× Opus 6k", "mel", "SI-SDR, dB", "chroma"]
     base = result.get("opus 6 kbit/s", {}).get("log_mel", float("nan"))
@@ -185,7 +185,7 @@ def main(argv: Sequence[str]) -> int:
     used, perplexity = codebook_use(codec, [train, valid])
     hours = sum(pcm.samples.shape[1] for pcm in (train, valid)) / codec.sample_rate / 3600
 
-    head, lines = rows(codec, result)
+    head, lines = rows(result)
     table = Table(title=f"codec {codec.name} ({codec.identity[:12]}), {len(valid.track_ids)} held-out tracks")
     for column in head:
         table.add_column(column, justify="left" if column == "system" else "right", no_wrap=column == "system")

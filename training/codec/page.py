@@ -27,7 +27,7 @@ def build(config: CodecEvalConfig, codec: codecs.Codec, valid: data.Pcm, report:
     """Write the page; returns `target`."""
     from training.codec.evaluate import rows
 
-    head, lines = rows(codec, report["systems"])
+    head, lines = rows(report["systems"])
     books = [
         [f"codebook {level}", f"{share:.1%}", f"{ppl:.0f} of {codec.codebook_size}", f"{math.log2(ppl):.2f}"]
         for level, (share, ppl) in enumerate(zip(report["used"], report["perplexity"], strict=True), 1)

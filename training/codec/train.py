@@ -86,7 +86,7 @@ def _main(argv: list[str]) -> int:
     elif config.init:
         started = f"starting from {start_from(module, config.init)}"
     if rank == 0:  # not before all else was found right: a run folder keeps to its settings
-        (run / "config.yaml").write_text(yaml.safe_dump(_plain(config), sort_keys=False))
+        files.write_bytes(run / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False).encode())
         _print_plan(module, train, valid, started)
     _fit(module, stream, names, run, last if last.is_file() else None, launched)
     if rank == 0:
@@ -110,6 +110,7 @@ def _fit(module: Any, stream: Any, names: list[str], run: Path, last: Path | Non
     try:
         trainer.fit(module, DataLoader(stream, batch_size=None), ckpt_path=last, weights_only=True)
         finished = 0
+        launch.part_at_exit(launched)
     except BaseException as error:
         if launch.was_interrupted(error):  # a second time
             raise KeyboardInterrupt from None
@@ -186,7 +187,7 @@ def _run_id(run: Path) -> str:
     """The W&B id of a run folder; the same over every resume."""
     path = run / "wandb-id"
     if not path.is_file():
-        path.write_text(record.new_run_id())
+        files.write_bytes(path, record.new_run_id().encode())
     return path.read_text()
 
 
@@ -284,7 +285,7 @@ class Watch(AskedToLeave, _callback_base()):  # type: ignore[misc]
         if math.isfinite(score) and score < min(filter(math.isfinite, phase), default=math.inf):
             codecs.save(module.averaged_network(), self.run / "release")
             about = {"step": step, **result, "config": dataclasses.asdict(self.config)}
-            (self.run / "release" / "training.json").write_text(json.dumps(about, indent=2) + "\n")
+            files.write_bytes(self.run / "release" / "training.json", (json.dumps(about, indent=2) + "\n").encode())
 
     def _judged(self, step: int) -> bool:
         """Whether the last update before completed step `step` had the discriminator's losses at their whole weight."""
