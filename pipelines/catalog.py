@@ -22,11 +22,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from musicgen.errors import UserError
 from pipelines.rights import PERPETUAL
-from pipelines.store import Place
+from pipelines.store import Place, parquet
 
 FORMATS = (".jsonl", ".ndjson", ".csv", ".parquet")
 
@@ -180,7 +178,7 @@ def _neighbours(place: Place) -> str:
 
 def _read_parquet(data: bytes, uri: str) -> list[Any]:
     try:
-        return pq.read_table(io.BytesIO(data)).to_pylist()
+        return parquet(data).to_pylist()
     except Exception as error:  # pyarrow raises many kinds on a file that is not parquet
         raise UserError(f"CATALOG={uri!r} is not a readable parquet file: {error}") from error
 

@@ -15,11 +15,9 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from pipelines.checks import CODES
 from pipelines.shard import SPLITS, ShardSet
-from pipelines.store import Place
+from pipelines.store import Place, parquet
 
 INK, ACCENT, WARM, GRID = "#1c2733", "#2a6f97", "#bc4b51", "#dfe5ea"
 SPLIT_COLOURS = {"train": "#2a6f97", "valid": "#e09f3e", "test": "#7a9e7e"}
@@ -59,7 +57,7 @@ def write(
 def card_fragment(out: str) -> str:
     """The data card of a finished set as an HTML fragment with its own style. Raises `UserError` when there is none."""
     data = ShardSet.open(out)
-    rejects = pq.read_table(io.BytesIO((data.root / "rejects.parquet").read())).to_pylist()
+    rejects = parquet((data.root / "rejects.parquet").read()).to_pylist()
     return _fragment(data.info, [data.meta(i) for i in range(len(data))], rejects)
 
 

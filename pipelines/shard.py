@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from musicgen.errors import UserError
-from pipelines.store import Place
+from pipelines.store import Place, parquet
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "valid", "test")
@@ -351,7 +351,7 @@ def read_table(place: Place, schema: pa.Schema, may_be_empty: Sequence[str]) -> 
     except FileNotFoundError as error:
         raise damaged(place, "it is missing") from error
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = parquet(data)
         lacking = [name for name in schema.names if name not in table.column_names]
         table = table if lacking else table.select(schema.names).cast(schema)
     except Exception as error:  # pyarrow raises many kinds on a file that is not what it should be

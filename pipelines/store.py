@@ -21,7 +21,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
+import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 
 from musicgen.errors import UserError
 from musicgen.files import lock_owner, path_of_uri, sign_lock, take_lock
@@ -36,6 +38,15 @@ class DiskFull(UserError):
 
     def __reduce__(self) -> Any:  # travels from Ray workers to the driver
         return (type(self), self.args)
+
+
+def parquet(data: bytes) -> pa.Table:
+    """The table of a parquet file, read by this thread alone.
+
+    Arrow's own threads may still let go of `data`, for which they need Python, when a short command ends; the process
+    then aborts with code 134 whatever its own was.
+    """
+    return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
 
 
 @lru_cache(maxsize=64)

@@ -93,6 +93,11 @@ def was_interrupted(error: BaseException) -> bool:
     )
 
 
+def heard() -> list[int]:
+    """The signals that ask a training to leave; Ctrl-C is none where a shell has started it in the background."""
+    return [n for n in (*SIGNALS, signal.SIGINT) if n != signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+
+
 class AskedToLeave:
     """Part of a callback that listens to signals while it trains: after Lightning, whose own answer saves nothing.
 
@@ -103,8 +108,6 @@ class AskedToLeave:
         speaks: whether this process answers Ctrl-C on the terminal.
     """
 
-    signals = (*SIGNALS, signal.SIGINT)
-
     def __init__(self) -> None:
         self.asked, self.speaks = 0, True
         self._before: dict[int, Any] = {}
@@ -112,8 +115,7 @@ class AskedToLeave:
     def listen_to_signals(self) -> None:
         """From now on write down what comes; Python hears signals in its main thread alone."""
         if threading.current_thread() is threading.main_thread():
-            heard = [n for n in self.signals if n != signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._ask) for number in heard}
+            self._before = {number: signal.signal(number, self._ask) for number in heard()}
 
     def _ask(self, number: int, _: Any) -> None:
         self.asked = number

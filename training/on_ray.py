@@ -6,7 +6,8 @@ last state. The run's folder and a local DATA must lie where all machines see th
 
 Ray takes every error for a failure that a new start may mend. An error meant for the user is one only when a second
 start says the same words, so the workers leave them with an actor; those of a peer's death do not come twice. By the
-same actor a SIGTERM or SIGUSR1 of the command reaches the workers: they save and leave, and it ends with 75.
+same actor a SIGTERM, SIGUSR1 or Ctrl-C of the command reaches the workers: they save and leave, and it ends with 75
+(130 for Ctrl-C).
 """
 
 from __future__ import annotations
@@ -18,16 +19,15 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_enable_metrics_collection", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # or all that a worker says is said twice
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a worker stands where the command was given, see `_work`
 
 import ray
@@ -39,7 +39,7 @@ from musicgen import heap, settings
 from musicgen.errors import UserError
 from training import launch
 from training.config import TrainConfig
-from training.launch import EXIT_REQUEUE, SIGNALS
+from training.launch import EXIT_INTERRUPTED, EXIT_REQUEUE
 
 
 class _Words:
@@ -51,7 +51,7 @@ class _Words:
         self.final = ""
         self.latest = ""
         self.asked = 0
-        self.left = False
+        self.left = 0
 
     def say(self, start: str, text: str) -> None:
         if self.said.setdefault(text, start) != start:
@@ -70,12 +70,12 @@ class _Words:
         """The signal that was passed on, 0 for none."""
         return self.asked
 
-    def leave(self) -> None:
-        """The state is saved, the workers leave."""
-        self.left = True
+    def leave(self, code: int) -> None:
+        """The state is saved, the workers leave; the command ends with this code."""
+        self.left = code
 
-    def has_left(self) -> bool:
-        """Whether the workers left because they were asked to."""
+    def has_left(self) -> int:
+        """The exit code of workers that left because they were asked to, 0 where they did not."""
         return self.left
 
 
@@ -83,7 +83,8 @@ def fit(config: TrainConfig) -> Path:
     """Train or go on, on the cluster at `config.ray.address`; returns the run's folder.
 
     Raises:
-        SystemExit: with `EXIT_REQUEUE`, when a signal asked the run to leave and its state is saved.
+        SystemExit: with `EXIT_REQUEUE`, when a signal asked the run to leave and its state is saved; with
+            `EXIT_INTERRUPTED` where that was Ctrl-C.
         UserError: what a worker said twice, no cluster there, too few machines, more failures than allowed.
     """
     address, run = config.ray.address, Path(config.run).resolve()
@@ -133,8 +134,7 @@ def _fit(config: TrainConfig, run: Path, use_gpu: bool) -> Path:
         ),
     )
     try:
-        with _passed_on(words):
-            trainer.fit()
+        _fitted(trainer, words)
     except ray.train.TrainingFailedError as error:
         _, latest = ray.get(words.read.remote())
         print(error, file=sys.stderr)
@@ -149,44 +149,50 @@ def _fit(config: TrainConfig, run: Path, use_gpu: bool) -> Path:
     final, _ = ray.get(words.read.remote())
     if final:
         raise UserError(final)
-    if ray.get(words.has_left.remote()):
-        raise SystemExit(EXIT_REQUEUE)
+    if code := ray.get(words.has_left.remote()):
+        raise SystemExit(code)
     return run
 
 
-@contextmanager
-def _passed_on(words: Any) -> Iterator[None]:
-    """The first SIGTERM or SIGUSR1 inside goes to the workers; the next does what it did before, so that a command that
-    still waits for machines can be ended. The handler only writes down the number, a thread sends it: the main thread
-    stands in a call of Ray's, which does not take a second one."""
-    asked: SimpleQueue[int] = SimpleQueue()
+def _fitted(trainer: Any, words: Any) -> None:
+    """`trainer.fit()` in a thread of its own, where Ray takes no signal for itself; this one hears them.
 
-    def send() -> None:
-        for number in iter(asked.get, 0):
-            ray.get(words.ask.remote(number))
-            print(
-                f"{signal.Signals(number).name}: the workers save after their next steps and leave; once more ends "
-                "this command at once",
-                flush=True,
-            )
+    The first SIGTERM, SIGUSR1 or Ctrl-C goes to the workers. The next does what it did before, so that a command that
+    still waits for machines can be ended.
+    """
+    asked: list[int] = []
+    ended: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            ended.set_result(trainer.fit())
+        except BaseException as error:
+            ended.set_exception(error)
+
+    def hear(number: int, _: Any) -> None:
+        restore()
+        asked.append(number)
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def pass_on(number: int, _: Any) -> None:
-        restore()
-        asked.put(number)
-
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-    sender = threading.Thread(target=send, daemon=True)
-    sender.start()
+    before = {number: signal.signal(number, hear) for number in launch.heard()}
+    told = False
     try:
-        yield
+        threading.Thread(target=fit, daemon=True).start()
+        while not wait([ended], timeout=0.2).done:
+            if asked and not told:
+                told = True
+                ray.get(words.ask.remote(asked[0]))
+                print(
+                    f"{signal.Signals(asked[0]).name}: the workers save after their next steps and leave; once more "
+                    "ends this command at once",
+                    flush=True,
+                )
     finally:
         restore()
-        asked.put(0)
-        sender.join()
+    ended.result()
 
 
 class _Asked:
@@ -230,9 +236,9 @@ def _work(given: dict[str, Any]) -> None:
         ray.get(words.say.remote(start, str(error)))
         raise
     except SystemExit as left:
-        if left.code != EXIT_REQUEUE:
+        if left.code not in (EXIT_REQUEUE, EXIT_INTERRUPTED):
             raise
-        ray.get(words.leave.remote())  # a worker that ends otherwise would be started again
+        ray.get(words.leave.remote(left.code))  # a worker that ends otherwise would be started again
     finally:
         asked.over.set()
 

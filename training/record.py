@@ -2,8 +2,8 @@
 
 Both get the same numbers under the same names and steps. W&B is online only when a key is set and its host answers,
 else offline (`wandb sync` sends the run later); a failing W&B never stops or holds training. A resumed run keeps its
-W&B id, and the local record is cut back to the step it resumes from, so every curve has one value per step. Records
-outlive kills and full disks: what can be read of one is kept.
+W&B id, and the local record is cut back to the step it resumes from, so every curve has one value per step; what W&B
+lost with a killed process is sent again. Records outlive kills and full disks: what can be read of one is kept.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from musicgen.errors import UserError
+from training import wandb_file
 
 log = logging.getLogger(__name__)
 
@@ -276,6 +277,17 @@ class Record:
         self.folder = folder
         self.metrics = MetricsFile(folder / "metrics.jsonl", step)
         self.logger = logger
+        if step and logger is not None:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Mirror the kept lines that W&B lost with a killed process, or never saw."""
+        with self._guard():
+            has = wandb_file.last_value(self.folder, STEP)
+            known = max(-1 if has is None else has, self.logger.experiment.step - 1)  # a server counts on
+            for line in read_metrics(self.metrics.path):
+                if line["step"] > known:
+                    self._mirror(line["step"], {name: value for name, value in line.items() if name != "step"})
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of a moment, after `step` completed steps."""

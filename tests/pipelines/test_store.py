@@ -65,6 +65,20 @@ def test_the_same_on_disk_and_on_s3(where: str, tmp_path: Path, request: pytest.
     place.delete()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads by /proc")
+def test_a_table_is_read_by_no_other_thread() -> None:
+    """Those of Arrow abort a command that ends while they let go of what they read."""
+    job = (
+        "import io, os, sys, pyarrow as pa, pyarrow.parquet as pq; from pipelines.store import parquet; "
+        "out = io.BytesIO(); pq.write_table(pa.table({c: [str(i) for i in range(999)] for c in 'abcdef'}), out); "
+        "read = {'one': parquet, 'many': lambda data: pq.read_table(io.BytesIO(data))}[sys.argv[1]]; "
+        "before = set(os.listdir('/proc/self/task')); assert read(out.getvalue()).num_rows == 999; "
+        "print(len(set(os.listdir('/proc/self/task')) - before))"
+    )
+    said = [subprocess.run([sys.executable, "-c", job, how], capture_output=True, text=True) for how in ("one", "many")]
+    assert said[0].stdout == "0\n" and int(said[1].stdout) > 0, said
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     place = Place.at(tmp_path / "x.bin")
     place.write(b"old")

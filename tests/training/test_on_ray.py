@@ -1,5 +1,6 @@
 """Ray Train for real: a local Ray, two workers over gloo, one of them killed in mid-run."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from musicgen.errors import UserError
 from tests.training import tiny_run
-from training import launch, state
+from training import launch, lineage, state
 from training.config import read_config
 
 ENV = {**tiny_run.ENV, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
@@ -47,7 +48,8 @@ def command(data: Path, run: Path, *more: str) -> list[str]:
 def on_two_workers(words: list[str], log: Path, run: Path, then: Callable[[subprocess.Popen[bytes]], None]) -> int:
     """Start the command, do something to it once it makes steps; its exit code."""
     with log.open("w") as out:
-        driver = subprocess.Popen(words, env=ENV, stdout=out, stderr=out)
+        hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where these tests do not
+        driver = subprocess.Popen(words, env=ENV, stdout=out, stderr=out, preexec_fn=hears)
         try:
             tiny_run.wait_for(lambda: tiny_run.last_step(run) >= 1, 200, log.read_text, driver)
             then(driver)
@@ -77,14 +79,19 @@ def test_a_killed_worker_costs_no_step(tmp_path: Path, strategy: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_command_reaches_the_workers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "exits", "how"),
+    [(signal.SIGTERM, launch.EXIT_REQUEUE, "left"), (signal.SIGINT, launch.EXIT_INTERRUPTED, "interrupted")],
+)
+def test_a_signal_to_the_command_reaches_the_workers(tmp_path: Path, number: int, exits: int, how: str) -> None:
     """They save and leave, and the command says so by its exit code; the next one goes on."""
     data, run, log = tiny_run.dataset(tmp_path / "data"), tmp_path / "run", tmp_path / "log"
     long = ["--steps", "400", "--log.state_every", "1000", "--log.valid_every", "1000"]
-    code = on_two_workers(command(data, run, *long), log, run, lambda driver: driver.send_signal(signal.SIGTERM))
-    assert code == launch.EXIT_REQUEUE, log.read_text()
+    code = on_two_workers(command(data, run, *long), log, run, lambda driver: driver.send_signal(number))
+    assert code == exits and lineage.read(run)[-1]["how"] == how, log.read_text()
     [left] = state.steps_in(run / "state")
-    assert 1 <= left < 400 and f"left      after step {left} of 400, asked by SIGTERM" in log.read_text()
+    said = f"left      after step {left} of 400, asked by {signal.Signals(number).name}"
+    assert 1 <= left < 400 and said in log.read_text()
     stop = ["--stop_at", str(left + 2)]
     done = subprocess.run(command(data, run, *long, *stop), env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,3 +54,25 @@ def test_a_run_is_recorded_offline_where_the_address_is_none(tmp_path: Path, mon
     journal.finish()
     rows = wandb_file.history(next(tmp_path.glob("wandb/offline-run-*/*.wandb")))
     assert [row["train/loss"] for row in rows] == [1.0]
+
+
+def test_what_wandb_lost_with_a_killed_process_is_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    job = (
+        "import os, signal, sys; from pathlib import Path; from training import record; folder = Path(sys.argv[1]); "
+        "journal = record.Record(folder, 0, record.wandb_logger(folder, 'lost', {})); "
+        "[journal.log(step, {'x': step / 2, 'y' * 500: 0.0}) for step in range(1, 71)]; "
+        "os.killpg(0, signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", job, str(tmp_path)], start_new_session=True)
+    [killed] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    first = wandb_file.history(killed, seconds=0)
+    assert 0 < len(first) < 65 and len(record.read_metrics(tmp_path / "metrics.jsonl")) == 70
+    time.sleep(1.1)  # W&B names its folders by the second
+    journal = record.Record(tmp_path, 65, record.wandb_logger(tmp_path, "lost", {}))
+    journal.log(66, {"x": 7.0})
+    journal.finish()
+    [again] = {*tmp_path.glob("wandb/offline-run-*/*.wandb")} - {killed}
+    rows = [*first, *wandb_file.history(again)]
+    assert [row[record.STEP] for row in rows] == [row["_step"] for row in rows] == [*range(1, 67)]
+    assert [row["x"] for row in rows] == [step / 2 for step in range(1, 66)] + [7.0]

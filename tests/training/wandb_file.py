@@ -1,12 +1,11 @@
-"""Reads an offline W&B run back: the .wandb file is a LevelDB log of protobuf records (public format)."""
+"""What W&B's own process has written of an offline run, once it has."""
 
-import json
-import struct
 import time
 from pathlib import Path
 from typing import Any
 
-BLOCK, HEADER = 32768, 7
+from training import wandb_file
+from training.wandb_file import history as rows_of
 
 
 def records(path: Path, seconds: float = 60.0) -> list[Any]:
@@ -16,45 +15,16 @@ def records(path: Path, seconds: float = 60.0) -> list[Any]:
     """
     until = time.monotonic() + seconds
     while True:
-        found = _records(path)
+        found = [*wandb_file.records(path)]
         if any(r.WhichOneof("record_type") == "exit" for r in found) or time.monotonic() > until:
             return found
         time.sleep(0.1)
 
 
-def _records(path: Path) -> list[Any]:
-    from wandb.proto import wandb_internal_pb2
-
-    data = path.read_bytes()
-    ident, magic, _version = struct.unpack("<4sHB", data[:HEADER])
-    assert (ident, magic) == (b":W&B", 0xBEE1)
-    found, parts, at = [], [], HEADER
-    while at + HEADER <= len(data):
-        left = BLOCK - at % BLOCK
-        if left < HEADER:
-            at += left
-            continue
-        _crc, length, kind = struct.unpack("<IHB", data[at : at + HEADER])
-        parts.append(data[at + HEADER : at + HEADER + length])
-        at += HEADER + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record()
-            if len(data) < at:  # a record that is still being written
-                break
-            record.ParseFromString(b"".join(parts))
-            found.append(record)
-            parts = []
-    return found
-
-
-def history(path: Path) -> list[dict[str, Any]]:
+def history(path: Path, seconds: float = 60.0) -> list[dict[str, Any]]:
     """The logged rows, in order, values parsed from JSON."""
-    rows = []
-    for record in records(path):
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items})
-    return rows
+    records(path, seconds)
+    return rows_of(path)
 
 
 def run_id(path: Path) -> str:
