@@ -64,6 +64,7 @@ def test_what_wandb_lost_with_a_killed_process_is_sent_again(tmp_path: Path, mon
         "[journal.log(step, {'x': step / 2, 'y' * 500: 0.0}) for step in range(1, 71)]; "
         "os.killpg(0, signal.SIGKILL)"
     )
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # W&B's own process of these tests, which would live on
     subprocess.run([sys.executable, "-c", job, str(tmp_path)], start_new_session=True)
     [killed] = tmp_path.glob("wandb/offline-run-*/*.wandb")
     first = wandb_file.history(killed, seconds=0)
