@@ -235,6 +235,8 @@ def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tup
             one = read(model, config, digest)
             sounds[part] = one.expand(many, *one.shape[1:])
             heard[name] = {"file_sha256": digest.hexdigest()}
+            if (made := wav.marking_of(getattr(config, name))) is not None:
+                heard[name]["marking"] = made  # what it was made from goes on to what is made of it
     if config.melody:
         heard["melody"]["stems"] = config.melody_stems
     return replace(request, **sounds), heard

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -274,7 +275,24 @@ def test_command_sets_attributes_continues_and_streams(folder: Path, capsys: pyt
     assert command(folder, "text", "--prompt_audio", str(folder / "a.flac"), "--prompt_seconds", "0.3") == 0
     mark = wav.read_marking(folder / "out.wav")
     assert mark["prompt_audio"]["seconds"] == pytest.approx(0.3)
-    assert b"from 0.3 s on; what comes before is a recording" in (folder / "out.wav").read_bytes()
+    assert "marking" not in mark["prompt_audio"]
+    assert b"from 0.3 s on; what comes before was given to it" in (folder / "out.wav").read_bytes()
+    shutil.move(folder / "out.wav", folder / "earlier.wav")
+    onward = ["--prompt_audio", str(folder / "earlier.wav"), "--prompt_seconds", "0.4"]
+    assert command(folder, "text", *onward) == 0
+    assert wav.read_marking(folder / "out.wav")["prompt_audio"]["marking"] == mark
+    assert b"from 0.4 s on; what comes before is marked as generated too" in (folder / "out.wav").read_bytes()
+
+
+@pytest.mark.parametrize("told", [b"{", b"[1]", b"[" * 100_000, b"\xff\xfe", b'{"a": "%s"}' % (b"x" * 2**16)])
+def test_a_marking_that_somebody_made_up_is_not_carried_on(told: bytes, tmp_path: Path) -> None:
+    sound = wav.encode(np.zeros((1, 100)), 32_000, {})
+    at = sound.index(b"mgen")
+    length = int.from_bytes(sound[at + 4 : at + 8], "little")
+    (tmp_path / "a.wav").write_bytes(sound[: at + 4] + len(told).to_bytes(4, "little") + told + sound[at + 8 + length :])
+    assert wav.marking_of(str(tmp_path / "a.wav")) is None and wav.marking_of(str(tmp_path / "none.wav")) is None
+    (tmp_path / "a.wav").write_bytes(sound)
+    assert wav.marking_of(str(tmp_path / "a.wav")) is not None
 
 
 def test_command_makes_several_clips_each_with_its_seed(folder: Path) -> None:
