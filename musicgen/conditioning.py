@@ -270,9 +270,10 @@ def _load_transformers(name: str) -> tuple[nn.Module, Any]:
     except Exception as error:  # the hub client raises many kinds: DNS, proxy, 404, gated, time-out
         raise UserError(
             f"text encoder {name!r} is not on this machine and could not be fetched from the model hub "
-            f"({_first_line(error)}). On a machine with network run `hf download {name}` (or "
-            "save_pretrained) and give the folder as --lm.condition.text_encoder; or use 'minilm' with "
-            "--lm.condition.text_dim 384, whose weights are installed with this package"
+            f"({_first_line(error)}). On a machine with network run `hf download {name}` and copy the hub's cache, "
+            "or save_pretrained and give that folder (--lm.condition.text_encoder in training, --text_encoder in "
+            "import); or train with 'minilm' and --lm.condition.text_dim 384, whose weights are installed with this "
+            "package"
         ) from error
 
 

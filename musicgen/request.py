@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musicgen import about, attributes, files, memory, settings, stereo, style
+from musicgen import about, attributes, memory, settings, style, weights
 from musicgen.chroma import NONE, NUM_CHROMA
 from musicgen.conditions import Conditions
 from musicgen.engine import Engine
@@ -115,7 +115,7 @@ def _windows(model: MusicGen, request: Request) -> Windows:
             f"the audio prompt is {request.given.shape[2] / rate:g} s long and DURATION={request.duration_seconds:g} "
             "counts it in, so nothing is left to make; give a longer DURATION or less of the prompt (--prompt_seconds)"
         )
-    stride = round(request.stride_seconds * rate) or max(1, round(EXTEND_STRIDE * window))
+    stride = max(1, round((request.stride_seconds * rate) or EXTEND_STRIDE * window))
     if total > window and not 0 < stride < window:
         raise UserError(
             f"extend_stride is {request.stride_seconds:g} s; give more than 0 and less than the {window / rate:g} s "
@@ -345,7 +345,7 @@ def marking(model: MusicGen, request: Request, row: int = 0) -> dict[str, Any]:
         "software": about.software(),
         "model": {"sha256": info.get("weights", {}).get("sha256"), "step": training.get("step")},
         "data_version": training.get("data_version"),
-        **_named({"codec": info["codec"], "text_encoder": info["text_encoder"], **origin}),
+        **weights.named({"codec": info["codec"], "text_encoder": info["text_encoder"], **origin}),
         "licence": info.get("licence"),
         "precision": model.engine.precision if model.engine else "float32",
         "prompt": request.prompts[row],
@@ -379,17 +379,6 @@ def _controls(model: MusicGen, request: Request, row: int) -> dict[str, Any]:
 
 def _sha256(heard: Tensor) -> str:
     return hashlib.sha256(heard.cpu().numpy().tobytes()).hexdigest()
-
-
-def _named(told: Any) -> Any:
-    """The same, where of every absolute path the last part alone is left."""
-    if isinstance(told, dict):
-        return {key: _named(value) for key, value in told.items()}
-    if isinstance(told, list):
-        return [_named(value) for value in told]
-    prefix = stereo.PREFIX if isinstance(told, str) and told.startswith(stereo.PREFIX) else ""
-    place = files.local_path(told.removeprefix(prefix)) if isinstance(told, str) else None
-    return f"{prefix}{place.name}" if place is not None and place.is_absolute() else told
 
 
 EMPTY_PROMPT = (

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from musicgen import config, files, settings
+from musicgen import config, files, settings, stereo
 from musicgen.errors import UserError
 
 FORMAT = "musicgen-release"
@@ -399,3 +399,14 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def named(told: Any) -> Any:
+    """The same, for others to read: of every absolute path the last part alone is left."""
+    if isinstance(told, dict):
+        return {key: named(value) for key, value in told.items()}
+    if isinstance(told, list):
+        return [named(value) for value in told]
+    prefix = stereo.PREFIX if isinstance(told, str) and told.startswith(stereo.PREFIX) else ""
+    place = files.local_path(told.removeprefix(prefix)) if isinstance(told, str) else None
+    return f"{prefix}{place.name}" if place is not None and place.is_absolute() else told

@@ -462,7 +462,7 @@ def _layouts(task: Task, ranks: int, nodes: int, strategy: str, shard_group: int
     whole = 4 * (3 + task.moments) * task.lm.num_parameters() / GIB
     asked = "asked for by hardware.strategy"
     all_of: dict[str, tuple[Strategy, int, str]] = {
-        "ddp": ("ddp", 1, "the whole model fits each GPU, and copies talk least"),
+        "ddp": ("ddp", 1, "the whole model fits each process, and copies talk least"),
         "fsdp": ("fsdp", ranks, f"a whole copy ({whole:.0f} GiB of state) and its activations do not fit one GPU"),
         "hybrid": (
             "hybrid",

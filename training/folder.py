@@ -270,7 +270,7 @@ def make_run(run: str, wanted: dict[str, Any]) -> str:
     Raises:
         UserError: another start has made it in the meantime, or the disk does not take it.
     """
-    folder, run_id = Path(run), record.new_run_id()
+    folder, run_id = Path(os.path.abspath(run)), record.new_run_id()  # `.` has no name
     document = {**wanted, "wandb_run_id": run_id, "made_by": about.software()}
     temporary = folder.with_name(f".{folder.name}.config.{os.getpid()}.tmp")
     try:

@@ -261,7 +261,9 @@ def main(argv: Sequence[str]) -> int:
     tokens = list(argv)
     while tokens:
         token = tokens.pop(0)
-        if token.removeprefix("--").split("=", 1)[0] in OWN:
+        if token in ("-h", "--help"):
+            own.append(token)
+        elif token.removeprefix("--").split("=", 1)[0] in OWN:
             own += [token] if "=" in token else [token, *tokens[:1]]
             tokens = tokens if "=" in token else tokens[1:]
         else:

@@ -176,12 +176,14 @@ def finish(start: Start) -> None:
     """
     before, folder = start.before, start.folder
     todo = start.behind and (start.step == start.config.steps or (before is not None and before.best_loss is not None))
+    if not start.is_zero:
+        return
     print(
         f"{folder} has already made {start.step} of {start.stop} steps; "
         + ("only its release is not there yet" if todo else "nothing to do"),
         flush=True,
     )
-    if not (todo and start.is_zero):
+    if not todo:
         return
     hold(start)
     lm = model_of(start)

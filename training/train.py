@@ -60,18 +60,18 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
         logger = record.wandb_logger(run.folder, run.run_id, run.identity, about) if run.run_id else None
         journal = record.Record(run.folder, run.step, logger)
         lineage.began(run.folder, step=run.step, steps=run.config.steps, ranks=run.config.hardware.world, **about)
-    loader = _loader_of(run)
-    watched = _watch(run, journal, loader)
-    trainer = strategy.build_trainer(
-        run.config.hardware,
-        run.plan,
-        steps=run.stop - run.step,
-        callbacks=watched.callbacks,
-        launched=run.launched,
-        logger=logger,
-    )
     launch.end_with_the_first(run.launched)
     try:
+        loader = _loader_of(run)
+        watched = _watch(run, journal, loader)
+        trainer = strategy.build_trainer(
+            run.config.hardware,
+            run.plan,
+            steps=run.stop - run.step,
+            callbacks=watched.callbacks,
+            launched=run.launched,
+            logger=logger,
+        )
         trainer.fit(module, train_dataloaders=loader)
     except BaseException as error:
         interrupted = launch.was_interrupted(error)

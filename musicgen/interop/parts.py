@@ -210,8 +210,9 @@ def card(parts: Parts, title: str) -> str:
 
     licence = parts.binding_licence
     front: dict[str, Any] = {"license": (licence or "other").lower(), "pipeline_tag": "text-to-audio"}
-    front["inherited_licences"] = parts.inherited
-    lines = [f"- {item['model']}: {item['licence'] or 'not stated'}" for item in parts.inherited]
+    inherited = weights.named(parts.inherited)
+    front["inherited_licences"] = inherited
+    lines = [f"- {item['model']}: {item['licence'] or 'not stated'}" for item in inherited]
     return (
         "---\n"
         + yaml.safe_dump(front, sort_keys=False)

@@ -184,12 +184,13 @@ def test_the_marking_tells_clips_apart(folder: Path, tmp_path: Path) -> None:
         ["--prompt_audio", f"{tmp_path}/c.wav"],
         ["--extend_stride", "0.4"],
         ["--extend_stride", "0.5"],
+        ["--extend_stride", "0.001"],
         [],
     ):
         command(folder, "text", "--duration", "1.4", *more)
         marks.append(wav.read_marking(folder / "out.wav"))
         assert str(tmp_path) not in repr(marks[-1])
-    assert [m["extend_stride"] for m in marks[2:]] == [0.4, 0.5, 0.6]
+    assert [m["extend_stride"] for m in marks[2:]] == [0.4, 0.5, 0.02, 0.6], "one frame at least"
     assert [m["prompt_audio"]["file_sha256"] for m in marks[:2]] == [
         sha256((tmp_path / name).read_bytes()) for name in ("a.wav", "c.wav")
     ]
@@ -289,7 +290,9 @@ def test_a_marking_that_somebody_made_up_is_not_carried_on(told: bytes, tmp_path
     sound = wav.encode(np.zeros((1, 100)), 32_000, {})
     at = sound.index(b"mgen")
     length = int.from_bytes(sound[at + 4 : at + 8], "little")
-    (tmp_path / "a.wav").write_bytes(sound[: at + 4] + len(told).to_bytes(4, "little") + told + sound[at + 8 + length :])
+    (tmp_path / "a.wav").write_bytes(
+        sound[: at + 4] + len(told).to_bytes(4, "little") + told + sound[at + 8 + length :]
+    )
     assert wav.marking_of(str(tmp_path / "a.wav")) is None and wav.marking_of(str(tmp_path / "none.wav")) is None
     (tmp_path / "a.wav").write_bytes(sound)
     assert wav.marking_of(str(tmp_path / "a.wav")) is not None

@@ -583,4 +583,7 @@ def test_published_names_from_the_machines_copy_of_the_hub(
     text = (tmp_path / "out/README.md").read_text()
     assert "license: cc-by-nc-4.0" in text and "facebook/musicgen-small: CC-BY-NC-4.0" in text
     assert parts.read_card(tmp_path / "out")[0] == "CC-BY-NC-4.0"
+    of_here = replace(parts.of_release(tuned), inherited=[{"model": str(tuned), "licence": "MIT"}])
+    said = parts.card(of_here, "tuned")
+    assert "- tuned: MIT" in said and str(tmp_path) not in said, "a card goes out into the world"
     shutil.rmtree(tmp_path / "cache")

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -348,6 +349,28 @@ def test_make_train_names_gpus(gpus: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: GPUS={gpus}: give a whole number of at least 1, the GPUs (or processes) of")
+
+
+def test_make_plan_takes_what_its_hint_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """The hint "an adapter (LORA=16 with INIT=)" was dropped on the way."""
+    command = ["make", "--no-print-directory", "-n", "-o", "setup", "plan", "SIZE=3.3b", "GPUS=1", "GPU=l40s"]
+    done = subprocess.run(
+        [*command, "LORA=16", "INIT=demo"],
+        cwd=Path(__file__).parents[2],
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words = shlex.split(done.stdout)
+    given = words[words.index("training.forecast") + 1 :]
+    with pytest.raises(UserError, match="does not fit 1 x l40s"):
+        forecast.main([*given[: given.index("--init")], "--batch.size", "16"])
+    assert "an adapter (LORA=16 with INIT=)" in capsys.readouterr().out
+    assert forecast.main([*given, "--batch.size", "16"]) == 0 and "adapter" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        forecast.main(["--help"])
+    assert "--per_node" in capsys.readouterr().out
 
 
 def test_make_plan(capsys: pytest.CaptureFixture[str]) -> None:

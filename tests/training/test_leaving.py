@@ -16,6 +16,7 @@ from pipelines.shard import ShardSet
 from tests.training.small_run import go, same, tensors
 from tests.training.tiny_run import curves as metrics
 from tests.training.tiny_run import last_step
+from training import data as reading
 from training import launch, lineage, module, record, start, state, strategy
 
 pytestmark = pytest.mark.usefixtures("no_wandb")
@@ -39,6 +40,29 @@ def test_a_signal_saves_and_asks_to_be_run_again(whole: Path, data: Path, tmp_pa
     go(data, run)
     same(tensors(whole, 40), tensors(run, 40))
     assert metrics(run) == metrics(whole)
+
+
+def test_a_run_asked_to_leave_before_its_first_step_has_an_end(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = reading.validation_batches
+
+    def asked(*given: Any, **more: Any) -> Any:
+        if lineage.read(tmp_path / "run"):
+            signal.raise_signal(signal.SIGTERM)
+        return read(*given, **more)
+
+    monkeypatch.setattr(reading, "validation_batches", asked)
+    with pytest.raises(SystemExit) as left:
+        go(data, tmp_path / "run")
+    assert left.value.code == launch.EXIT_REQUEUE
+    assert [line.get("how") for line in lineage.read(tmp_path / "run")] == [None, "left"]
+
+
+def test_a_run_may_stand_in_the_folder_one_is_in(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    go(data, Path("."), "--stop_at", "2")
+    assert state.steps_in(tmp_path / "state") == [2]
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
