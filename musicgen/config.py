@@ -17,6 +17,8 @@ from musicgen import patterns
 from musicgen.attributes import AttributeConfig
 from musicgen.chroma import NUM_CHROMA
 
+Tail = Literal["full", "reference"]
+
 SCHEMA_VERSION = 1
 
 
@@ -134,7 +136,7 @@ class LMConfig:
     cross_attention: bool = True
     dropout: float = 0.0
     pattern: str = "delay"
-    tail: Literal["full", "reference"] = "full"
+    tail: Tail = "full"
     condition: ConditionConfig = field(default_factory=ConditionConfig)
 
     def __post_init__(self) -> None:

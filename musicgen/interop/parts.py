@@ -8,10 +8,11 @@ that a model that went out and came back is the same file, byte for byte.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from musicgen import about, stereo, weights
 from musicgen import codec as codecs
 from musicgen.conditioning import TextEncoder
-from musicgen.config import LMConfig
+from musicgen.config import LMConfig, Tail
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
 
@@ -212,6 +213,8 @@ def card(parts: Parts, title: str) -> str:
     front: dict[str, Any] = {"license": (licence or "other").lower(), "pipeline_tag": "text-to-audio"}
     inherited = weights.named(parts.inherited)
     front["inherited_licences"] = inherited
+    known = {name: parts.training.get(name) for name in ("step", "data_version")}
+    front["trained"] = {"tail": parts.config.tail} | {name: value for name, value in known.items() if value}
     lines = [f"- {item['model']}: {item['licence'] or 'not stated'}" for item in inherited]
     return (
         "---\n"
@@ -224,22 +227,39 @@ def card(parts: Parts, title: str) -> str:
 
 def read_card(folder: Path) -> tuple[str | None, list[dict[str, Any]]]:
     """Licence and inherited licences that a folder's README.md states in its front matter."""
+    front = _front(folder)
+    inherited = front.get("inherited_licences")
+    return stated(front.get("license")), inherited if isinstance(inherited, list) else []
+
+
+def as_trained(parts: Parts, folder: Path) -> Parts:
+    """The parts with what the card of an export of ours says of their training: steps, data, and the pattern's tail,
+    for which neither form has a word. Anybody may have written it, so only values of the right kind count."""
+    told = _front(folder).get("trained")
+    told = told if isinstance(told, dict) else {}
+    tail: Any = told.get("tail")
+    config = replace(parts.config, tail=tail) if tail in get_args(Tail) else parts.config
+    step, version = told.get("step"), told.get("data_version")
+    known: dict[str, Any] = {"step": step} if type(step) is int and step > 0 else {}
+    known |= {"data_version": version} if isinstance(version, str) and re.fullmatch("[0-9a-f]{64}", version) else {}
+    return replace(parts, config=config, training=parts.training | known)
+
+
+def _front(folder: Path) -> dict[str, Any]:
+    """The front matter of a folder's README.md, empty where there is none."""
     import yaml
 
     file = folder / "README.md"
     if not file.is_file():
-        return None, []
+        return {}
     text = file.read_text(encoding="utf-8", errors="replace")
     if not text.startswith("---"):
-        return None, []
+        return {}
     try:
         front = yaml.safe_load(text.split("---", 2)[1])
     except (yaml.YAMLError, IndexError):
-        return None, []
-    if not isinstance(front, dict):
-        return None, []
-    inherited = front.get("inherited_licences")
-    return stated(front.get("license")), inherited if isinstance(inherited, list) else []
+        return {}
+    return front if isinstance(front, dict) else {}
 
 
 def stated(licence: Any) -> str | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from musicgen import files
 from musicgen.errors import UserError
-from musicgen.interop.parts import NON_COMMERCIAL, Parts, to_release
+from musicgen.interop.parts import NON_COMMERCIAL, Parts, as_trained, to_release
 
 _SIZES = ("small", "medium", "large", "melody", "melody-large")
 PUBLISHED = tuple(f"facebook/musicgen-{kind}{size}" for kind in ("", "stereo-") for size in _SIZES)
@@ -107,6 +107,7 @@ def read(source: str, codec: str = "", text_encoder: str = "") -> Parts:
             parts = audiocraft.read(folder, source, codec, text_encoder)
         else:
             parts = huggingface.read(folder, source)
+        parts = as_trained(parts, folder)
     except UserError:
         raise
     except Exception as error:  # files from elsewhere: whatever is wrong with them is not this program's state

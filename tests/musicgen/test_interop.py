@@ -587,3 +587,23 @@ def test_published_names_from_the_machines_copy_of_the_hub(
     said = parts.card(of_here, "tuned")
     assert "- tuned: MIT" in said and str(tmp_path) not in said, "a card goes out into the world"
     shutil.rmtree(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("to", "named"), [("transformers", []), ("audiocraft", ["--text_encoder_name", "t5-small"])])
+def test_an_export_of_ours_comes_back_as_it_was_trained(to: str, named: list[str], tmp_path: Path) -> None:
+    """Neither form has a word for the pattern's tail, by which long clips are cut, nor for the data."""
+    command.main(["export", "--model", "demo", "--to", to, "--out", str(tmp_path / "out"), *named])
+    demo = parts.of_release("demo")
+    encoder = [] if to == "transformers" else ["--text_encoder", "minilm"]
+    command.main(["import", "--source", str(tmp_path / "out"), "--out", str(tmp_path / "back"), *encoder])
+    back = parts.of_release(tmp_path / "back")
+    assert back.config.tail == demo.config.tail == "full"
+    assert {name: back.training[name] for name in ("step", "data_version")} == {
+        name: demo.training[name] for name in ("step", "data_version")
+    }
+    card = (tmp_path / "out" / "README.md").read_text()
+    for forged in ("{tail: none, step: true, data_version: [1]}", "{tail: [full], step: -1, data_version: x}", "7"):
+        front = card.split("trained:")[0] + f"trained: {forged}\n---\n"
+        (tmp_path / "out" / "README.md").write_text(front)
+        plain = parts.as_trained(replace(demo, training={}), tmp_path / "out")
+        assert plain.config == demo.config and plain.training == {}
