@@ -21,6 +21,7 @@ from musicgen.errors import UserError
 from training.strategy import HardwareConfig
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a machine that is taken away; Slurm, some minutes before its limit
+FIRST = "MUSICGEN_FIRST_PROCESS"
 EXIT_REQUEUE = 75  # asked to leave: the state is saved, run the same command again (EX_TEMPFAIL of sysexits.h)
 EXIT_INTERRUPTED = 130  # Ctrl-C, in the words of shells: 128 and the number of SIGINT
 
@@ -36,9 +37,14 @@ class SharedError(UserError):
 def end_with_the_first(launched: Launched) -> None:
     """Let the kernel end this process together with the first one of its machine, where that one started it (Linux).
 
-    A process inside a collective of NCCL hears of no other one's end, and would keep its GPU until a time limit.
+    A process inside a collective of NCCL hears of no other one's end, and would keep its GPU until a time limit. The
+    first one leaves its number in the environment, so that no other parent is taken for it.
     """
-    if sys.platform == "linux" and not launched.by and launched.local_rank > 0:
+    if launched.by:
+        return
+    if launched.local_rank == 0:
+        os.environ[FIRST] = str(os.getpid())
+    elif sys.platform == "linux" and os.environ.get(FIRST) == str(os.getppid()):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 

@@ -73,13 +73,14 @@ def test_the_processes_part_before_the_interpreter_goes() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux")
-@pytest.mark.parametrize(("local_rank", "ends"), [(1, True), (0, False)])
-def test_a_rank_ends_with_the_one_that_started_it(local_rank: int, ends: bool, tmp_path: Path) -> None:
-    """As one of Lightning's, whose first process is killed: nobody else would tell it."""
-    rank = "import os, time; from training import launch; launch.end_with_the_first(launch.here()); "
-    rank += "print(os.getpid(), flush=True); time.sleep(600)"
-    first = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {rank!r}]); time.sleep(600)"
-    env = {**os.environ, "LOCAL_RANK": str(local_rank)}
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_rank_ends_with_the_one_that_started_it(starts: bool) -> None:
+    """As one of Lightning's, whose first process is killed: nobody else would tell it. Another parent is none of it."""
+    ours = "import os, subprocess, sys, time; from training import launch; launch.end_with_the_first(launch.here()); "
+    rank = ours + "print(os.getpid(), flush=True); time.sleep(600)"
+    begin = ours if starts else "import os, subprocess, sys, time; "
+    spawn = f"subprocess.Popen([sys.executable, '-c', {rank!r}], env={{**os.environ, 'LOCAL_RANK': '1'}})"
+    first, env = f"{begin}{spawn}; time.sleep(600)", {k: v for k, v in os.environ.items() if k != "LOCAL_RANK"}
     parent = subprocess.Popen([sys.executable, "-c", first], env=env, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     with parent.stdout as said:
@@ -87,8 +88,8 @@ def test_a_rank_ends_with_the_one_that_started_it(local_rank: int, ends: bool, t
         parent.kill()
         parent.wait()
         try:
-            gone, _, _ = select.select([said], [], [], 30 if ends else 1)  # its end closes what it writes to
-            assert bool(gone) == ends
+            gone, _, _ = select.select([said], [], [], 30 if starts else 1)  # its end closes what it writes to
+            assert bool(gone) == starts
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
