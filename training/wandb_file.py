@@ -6,6 +6,7 @@ reads here how far they came and sends the rest again from metrics.jsonl.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from collections.abc import Iterator
@@ -55,6 +56,9 @@ def history(path: Path) -> list[dict[str, Any]]:
 
 
 def last_value(folder: Path, key: str) -> int | None:
-    """The highest `key` of all rows below `folder` (a run's own), None where no file holds one."""
-    found = [row[key] for path in folder.glob("wandb/*run-*/run-*.wandb") for row in history(path) if key in row]
+    """The highest `key` of all rows below `folder` (a run's own), None where no file that can be read holds one."""
+    found: list[int] = []
+    for path in folder.glob("wandb/*run-*/run-*.wandb"):
+        with contextlib.suppress(Exception):  # anything may stand there, and the newest is only being made
+            found += [row[key] for row in history(path) if isinstance(row.get(key), int)]
     return max(found, default=None)

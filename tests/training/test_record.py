@@ -69,6 +69,9 @@ def test_what_wandb_lost_with_a_killed_process_is_sent_again(tmp_path: Path, mon
     [killed] = tmp_path.glob("wandb/offline-run-*/*.wandb")
     first = wandb_file.history(killed, seconds=0)
     assert 0 < len(first) < 65 and len(record.read_metrics(tmp_path / "metrics.jsonl")) == 70
+    for name, damage in (("empty", b""), ("other", b"{}" * 99), ("cut", killed.read_bytes()[:100] + b"\xff" * 99)):
+        (tmp_path / "wandb" / f"run-{name}").mkdir()
+        (tmp_path / "wandb" / f"run-{name}" / "run-lost.wandb").write_bytes(damage)
     time.sleep(1.1)  # W&B names its folders by the second
     journal = record.Record(tmp_path, 65, record.wandb_logger(tmp_path, "lost", {}))
     journal.log(66, {"x": 7.0})
