@@ -12,11 +12,13 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
+from musicgen import settings
 from musicgen.errors import UserError
 from training.strategy import HardwareConfig
 
@@ -48,20 +50,30 @@ def end_with_the_first(launched: Launched) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def part_at_exit(launched: Launched) -> None:
-    """Leave the others before the interpreter goes, once all is done; Ray does it for its own workers.
+def run(main: Any) -> NoReturn:
+    """`settings.run` for a process that trains: once its work is written it ends at once, with its own code.
 
-    Threads that still talk then can abort the process, whose work a launcher would count as failed.
+    Processes that talk, write states and read tables hold threads of gloo, NCCL, Arrow and torch. One that still wants
+    Python while the interpreter is taken down aborts the process (134, where a launcher sees a failed rank) or keeps it
+    standing, after work that is done; and a thread that waits for a peer that is gone would be waited for.
     """
-    if launched.by != "Ray":
-        atexit.register(_part)
+    code: Any = 1
+    try:
+        settings.run(main)
+    except SystemExit as left:
+        code = left.code
+    except BaseException:
+        traceback.print_exc()
+    end(code)
 
 
-def _part() -> None:
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def end(code: int) -> NoReturn:
+    """End this process after what was registered for its exit, without taking the interpreter down."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads any more
+            stream.flush()
+    os._exit(code)
 
 
 @contextmanager

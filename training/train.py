@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from musicgen import settings
 from musicgen.errors import UserError
 from training import budget, devices, launch
 from training.config import TrainConfig, read_config
@@ -86,7 +85,6 @@ def fit(config: TrainConfig, launched: Launched | None = None) -> Path:
         if not run.is_zero and isinstance(error, launch.SharedError):
             return run.folder
         raise
-    launch.part_at_exit(run.launched)
     if journal is not None:
         _close(run, module, watched, journal)
     return run.folder
@@ -264,4 +262,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    launch.run(main)

@@ -137,4 +137,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from training.launch import end
+
     main()
+    end(0)  # as the command does

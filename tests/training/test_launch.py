@@ -61,15 +61,25 @@ def test_a_task_of_slurm_is_one_and_a_shell_of_slurm_is_none(monkeypatch: pytest
         launch.fitted(two, alone)
 
 
-def test_the_processes_part_before_the_interpreter_goes() -> None:
+@pytest.mark.parametrize(
+    ("does", "code", "said"),
+    [
+        ("print('done')", 0, "done"),
+        ("raise SystemExit(75)", 75, ""),
+        ("raise UserError('no such folder')", 2, "error: no such folder"),
+        ("raise KeyboardInterrupt", 130, "interrupted; run the same command again"),
+        ("[][1]", 1, "IndexError: list index out of range"),
+    ],
+)
+def test_a_process_ends_with_its_code_whatever_its_threads_do(does: str, code: int, said: str) -> None:
     job = (
-        "import atexit, torch.distributed as dist; from training import launch; "
-        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1); dist.new_group(); "
-        "atexit.register(lambda: print(dist.is_initialized())); "  # called after those registered later
-        "launch.part_at_exit(launch.here()); print(dist.is_initialized())"
+        "import atexit, sys, threading, time; from musicgen.errors import UserError; from training import launch\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start(); atexit.register(print, 'closed')\n"
+        f"def main(argv):\n    {does}\n"
+        "launch.run(main)"
     )
-    said = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True, check=True).stdout
-    assert said.split() == ["True", "False"]
+    done = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True, timeout=100)
+    assert done.returncode == code and said in done.stdout + done.stderr and done.stdout.endswith("closed\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux")

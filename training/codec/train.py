@@ -24,7 +24,7 @@ import yaml
 
 from musicgen import files, settings
 from musicgen.errors import UserError
-from training import record
+from training import launch, record
 from training.folder import flat
 from training.launch import AskedToLeave, Launched
 
@@ -36,8 +36,6 @@ FREE = ("steps", "cooldown_steps", "run", "data", "clips")
 
 def main(argv: list[str]) -> int:
     """Parse settings, prepare the audio, fit or resume; 0 when the run reached its last step."""
-    from training import launch
-
     with launch.outside_steps():
         return _main(argv)
 
@@ -47,7 +45,7 @@ def _main(argv: list[str]) -> int:
 
     import torch
 
-    from training import launch, strategy
+    from training import strategy
     from training.codec import data
     from training.codec.config import check, read_config
     from training.codec.initial import start_from
@@ -98,7 +96,7 @@ def _fit(module: Any, stream: Any, names: list[str], run: Path, last: Path | Non
     """Run Lightning's loop from the state `last`, recording on the first rank."""
     from torch.utils.data import DataLoader
 
-    from training import launch, strategy
+    from training import strategy
 
     config, first = module.config, launched.rank == 0
     logger = record.wandb_logger(run, _run_id(run), settings.to_dict(config)) if first else None
@@ -110,7 +108,6 @@ def _fit(module: Any, stream: Any, names: list[str], run: Path, last: Path | Non
     try:
         trainer.fit(module, DataLoader(stream, batch_size=None), ckpt_path=last, weights_only=True)
         finished = 0
-        launch.part_at_exit(launched)
     except BaseException as error:
         if launch.was_interrupted(error):  # a second time
             raise KeyboardInterrupt from None
@@ -320,4 +317,4 @@ class Watch(AskedToLeave, _callback_base()):  # type: ignore[misc]
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    launch.run(main)
