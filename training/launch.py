@@ -2,6 +2,9 @@
 
 A launcher decides how many processes run where, so its word replaces `hardware.devices` and `hardware.nodes`; where the
 two contradict each other the run stops in words. Without a launcher Lightning starts the processes of this machine.
+
+Here is also what asks a process to leave, and how one that trains ends: at once, with its own code, the first one
+speaking for all.
 """
 
 from __future__ import annotations

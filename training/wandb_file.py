@@ -7,7 +7,6 @@ reads here how far they came and sends the rest again from metrics.jsonl.
 from __future__ import annotations
 
 import contextlib
-import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,10 +48,9 @@ def records(path: Path) -> Iterator[Any]:
             parts = []
 
 
-def history(path: Path) -> list[dict[str, Any]]:
-    """The logged rows, in order, values parsed from JSON."""
-    rows = [r.history.item for r in records(path) if r.WhichOneof("record_type") == "history"]
-    return [{(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items} for items in rows]
+def name_of(item: Any) -> str:
+    """What a value of a logged row is called."""
+    return item.key or "/".join(item.nested_key)
 
 
 def last_value(folder: Path, key: str) -> int | None:
@@ -60,5 +58,6 @@ def last_value(folder: Path, key: str) -> int | None:
     found: list[int] = []
     for path in folder.glob("wandb/*run-*/run-*.wandb"):
         with contextlib.suppress(Exception):  # anything may stand there, and the newest is only being made
-            found += [row[key] for row in history(path) if isinstance(row.get(key), int)]
+            rows = [r.history.item for r in records(path) if r.WhichOneof("record_type") == "history"]
+            found += [int(i.value_json) for items in rows for i in items if name_of(i) == key]
     return max(found, default=None)

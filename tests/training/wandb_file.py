@@ -1,11 +1,11 @@
 """What W&B's own process has written of an offline run, once it has."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 from training import wandb_file
-from training.wandb_file import history as rows_of
 
 
 def records(path: Path, seconds: float = 60.0) -> list[Any]:
@@ -23,8 +23,8 @@ def records(path: Path, seconds: float = 60.0) -> list[Any]:
 
 def history(path: Path, seconds: float = 60.0) -> list[dict[str, Any]]:
     """The logged rows, in order, values parsed from JSON."""
-    records(path, seconds)
-    return rows_of(path)
+    rows = [r.history.item for r in records(path, seconds) if r.WhichOneof("record_type") == "history"]
+    return [{wandb_file.name_of(i): json.loads(i.value_json) for i in items} for items in rows]
 
 
 def run_id(path: Path) -> str:
