@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -157,11 +158,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = settings.parse(GenerateConfig, argv, layers=layers, prog="python -m musicgen.generate")
     except settings.SettingsError as error:
-        if '"duration"' not in str(error):
+        if (given := re.match(r"duration is '(.*)'; it must be a number", str(error), re.DOTALL)) is None:
             raise
-        given = str(error).rsplit("Got value: ", 1)[-1].strip()
-        raise UserError(f"DURATION={given} is not a number; {DURATION_ADVICE}") from None
-    prompt = None if config.unconditional else (config.prompt or os.environ.get("PROMPT", "")).strip()
+        raise UserError(f"DURATION={given[1]} is not a number; {DURATION_ADVICE}") from None
+    prompt: str | None = (config.prompt or os.environ.get("PROMPT", "")).strip()
+    if config.unconditional:
+        if prompt:
+            print("warning: unconditional true plays without a prompt; PROMPT is not heard", file=sys.stderr)
+        prompt = None
     for name, text in (("PROMPT", prompt or ""), ("negative_prompt", config.negative_prompt)):
         _check_text(name, text)
     if prompt == "" and (config.attributes or config.melody or config.style):
@@ -202,9 +206,14 @@ def _request(model: MusicGen, prompt: str | None, config: GenerateConfig) -> tup
     Whether it can be made is asked before the sounds in it are read.
     """
     many, negatives = config.clips, None
-    for scale, sound in (("guidance_melody", config.melody), ("guidance_style", config.style)):
-        if getattr(config.sampling, scale) is not None and not sound:
-            print(f"warning: sampling.{scale} acts on a {scale.split('_')[1].upper()}; there is none", file=sys.stderr)
+    for name, given, sound, of in (
+        ("sampling.guidance_melody", config.sampling.guidance_melody is not None, config.melody, "a MELODY"),
+        ("sampling.guidance_style", config.sampling.guidance_style is not None, config.style, "a STYLE"),
+        ("melody_stems", config.melody_stems, config.melody, "a MELODY"),
+        ("prompt_seconds", config.prompt_seconds > 0, config.prompt_audio, "an AUDIO"),
+    ):
+        if given and not sound:
+            print(f"warning: {name} acts on {of}; there is none", file=sys.stderr)
     if config.negative_prompt.strip():
         if not config.sampling.guides():
             raise UserError(

@@ -21,6 +21,8 @@ _MASK = 0xFFFFFFFF
 _ROUND = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _STREAM = 0x6D67656E  # sets sampling apart from any other use of the same seed
+MAX_SCALE = 1000.0  # of guidance: logits are tens, and float32 must hold them scaled
+LEAST_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
@@ -52,21 +54,25 @@ class SamplingConfig:
             raise ValueError(f"top_k is {self.top_k}; give 0 (all codes) or a number of codes such as 250")
         if not 0.0 <= self.top_p <= 1.0:
             raise ValueError(f"top_p is {self.top_p}; give 0 (off) up to 1")
-        if not (self.temperature >= 0.0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature is {self.temperature}; give 0 (likeliest code) or more, such as 1.0")
-        if not (self.guidance >= 0.0 and math.isfinite(self.guidance)):
-            raise ValueError(f"guidance is {self.guidance}; give 0 or more, such as 3.0 (1 is no guidance)")
+        if not (self.temperature == 0.0 or LEAST_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE):
+            raise ValueError(
+                f"temperature is {self.temperature}; give 0 (likeliest code), or {LEAST_TEMPERATURE:g} to "
+                f"{MAX_TEMPERATURE:g}, such as 1.0"
+            )
+        if not 0.0 <= self.guidance <= MAX_SCALE:
+            raise ValueError(f"guidance is {self.guidance}; give 0 to {MAX_SCALE:g}, such as 3.0 (1 is no guidance)")
         for name in ("guidance_melody", "guidance_style"):
             own = getattr(self, name)
-            if own is not None and not (own >= 0.0 and math.isfinite(own)):
-                raise ValueError(f"{name} is {own}; give 0 or more, or leave it out")
+            if own is not None and not 0.0 <= own <= MAX_SCALE:
+                raise ValueError(f"{name} is {own}; give 0 to {MAX_SCALE:g}, or leave it out")
         points = tuple((float(second), float(scale)) for second, scale in self.guidance_over_time)
         object.__setattr__(self, "guidance_over_time", points)  # YAML and JSON give lists
         seconds = [second for second, _ in points]
-        if seconds != sorted(set(seconds)) or not all(s >= 0 and math.isfinite(s + g) and g >= 0 for s, g in points):
+        in_bounds = all(0.0 <= second < math.inf and 0.0 <= scale <= MAX_SCALE for second, scale in points)
+        if seconds != sorted(set(seconds)) or not in_bounds:
             raise ValueError(
-                f"guidance_over_time is {[list(p) for p in points]}; give pairs of ascending seconds and scales from "
-                "0 on, such as [[0, 6], [10, 2]]"
+                f"guidance_over_time is {[list(p) for p in points]}; give pairs of ascending seconds from 0 on and "
+                f"scales from 0 to {MAX_SCALE:g}, such as [[0, 6], [10, 2]]"
             )
 
     def guides(self) -> bool:

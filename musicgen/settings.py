@@ -27,6 +27,7 @@ from typing import Any, TypeVar, cast
 import yaml
 
 T = TypeVar("T")
+MANY = 30  # names that nobody reads in an error
 
 
 class SettingsError(ValueError):
@@ -66,6 +67,8 @@ def _reject_unknown(given: Sequence[str], config_class: type, where: str) -> Non
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         near = near or [leaf[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaf), n=1)]
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+        if not near and len(known) > MANY:
+            hint = "; --help lists those that are known"
         problems.append(f"unknown setting {name!r} in {where}{hint}")
     if problems:
         raise SettingsError("\n".join(problems))
@@ -130,7 +133,7 @@ def _texts_apart(tokens: Sequence[str], config_class: type) -> tuple[list[str], 
 def _said(error: Exception, config_class: type) -> str:
     """What jsonargparse said; of a group or a list that was given as something else in words of our own."""
     text = str(error)
-    found = re.match(r'Parser key "([^"]+)":\s*(.*?)(?:Got value: (.*))?$', text, re.DOTALL)
+    found = re.match(r'Parser key "([^"]+)":\s*(.*?)(?:(?:Got|Given) value: (.*))?$', text, re.DOTALL)
     if found is None:
         return text
     name, wanted, given = found[1], found[2], found[3] or ""
@@ -138,11 +141,24 @@ def _said(error: Exception, config_class: type) -> str:
     if _group_of(kind) is not None and (config := re.match(r"Unable to load config '(.*?)'\n", wanted, re.DOTALL)):
         return str(_no_group(name, config[1], kind, "the command line (ARGS)"))
     if "<class 'tuple'>" not in wanted:
-        return text
+        return f"{name} is {given!r}; it must be {_allowed(kind)}" if given and _allowed(kind) else text
+    part = (*typing.get_args(kind), None)[0]
+    if typing.get_origin(part) is tuple:
+        example = [[10 * row + place for place in range(len(typing.get_args(part)))] for row in range(2)]
+        return f"{name} is {given!r}; it must be a list of lists: --{name} {shlex.quote(str(example))}, say"
     items = [] if given == "None" else [word.strip() for word in given.split(",")]
-    strings = typing.get_args(kind)[:1] == (str,)
+    strings = part is str
     written = json.dumps(items, ensure_ascii=False) if strings else f"[{', '.join(items)}]"
     return f"{name} is {given!r}; it must be a list: --{name} {shlex.quote(written)}, or in YAML {name}: {written}"
+
+
+def _allowed(kind: Any) -> str:
+    """What values of a plain type are, in words; empty for other types."""
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(str(value) for value in typing.get_args(kind))}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    return " or ".join(words[part] for part in parts) if all(part in words for part in parts) else ""
 
 
 def _check_finite(name: str, value: Any) -> None:

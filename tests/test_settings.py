@@ -59,13 +59,37 @@ def test_a_text_is_no_yaml(text: str, tmp_path: Path) -> None:
         (["--optim.lrr", "1"], "did you mean 'optim.lr'"),
         (["--lr", "1"], "did you mean 'optim.lr'"),
         (["--sed=3"], "did you mean 'seed'"),
-        (["--optim.lr", "fast"], "float"),
+        (["--optim.lr", "fast"], "optim.lr is 'fast'; it must be a number"),
+        (["--seed", "1.5"], "seed is '1.5'; it must be a whole number"),
+        (["--optim.betas", "fast"], "Parser key|must be a list"),
         (["--config", "nowhere.yaml"], "does not exist"),
     ],
 )
 def test_mistakes_on_the_command_line(argv: list[str], told: str) -> None:
     with pytest.raises(SettingsError, match=told):
         parse(Config, argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--hardware.compile", "maybe"], "hardware.compile is 'maybe'; it must be one of auto, on, off"),
+        (["--lm.condition.melody", "3"], "lm.condition.melody is '3'; it must be true or false"),
+        (["--nothing_like_it_at_all", "3"], "unknown setting 'nothing_like_it_at_all' .*--help lists"),
+    ],
+)
+def test_mistakes_in_a_command_of_many_settings(argv: list[str], told: str) -> None:
+    with pytest.raises(SettingsError, match=told):
+        read_config(argv, folders=False)
+
+
+def test_a_list_of_pairs_is_shown_as_it_is_written() -> None:
+    from musicgen.generate import GenerateConfig
+
+    with pytest.raises(SettingsError, match=r"guidance_over_time '\[\[0, 1\], \[10, 11\]\]'"):
+        parse(GenerateConfig, ["--sampling.guidance_over_time", "6"])
+    with pytest.raises(SettingsError, match="guidance_melody is 'high'; it must be a number or null"):
+        parse(GenerateConfig, ["--sampling.guidance_melody", "high"])
 
 
 def test_mistakes_in_yaml(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from training import record, state
 # known by version and identity; a start from the codebooks matters before the first step alone.
 _FREE = (
     "run", "data", "cache", "codec", "codebook_init", "stop_at", "hardware", "ray", "log", "licence", "batch.workers",
-    "batch.accumulate",
+    "batch.accumulate", "batch.valid_batch", "release_dtype",
 )  # fmt: skip
 # What config.yaml of a run holds; of those that are named, name and identity are read.
 _PARTS = {"settings": dict, "dataset_version": str, "codec": dict, "text_encoder": dict, "wandb_run_id": str}

@@ -63,10 +63,11 @@ def _elsewhere(plan: Plan, asked: dict[str, Any]) -> list[str]:
     task, device, ranks, nodes = plan.task, plan.device, plan.ranks, plan.nodes
     hints: list[str] = []
     if not device.is_cpu:
-        for more in (2, 4, 8, 16, 32, 64, 96, 128, 192):
-            over = -(-more // device.per_node)
-            possible = more > ranks and task.batch % more == 0 and more % over == 0
-            if possible and _tried(task, device, more, over, asked):
+        machine = device.per_node
+        numbers = {2, 4, 8, 16, 32, 64, 96, 128, 192, *(machine * times for times in (1, 2, 3, 4, 8, 12, 16, 24))}
+        for more in sorted(n for n in numbers if n > ranks and task.batch % n == 0):
+            parts_well = more <= machine or more % machine == 0
+            if parts_well and _tried(task, device, more, max(1, more // machine), asked):
                 hints.append(f"{more} GPUs of this kind")
                 break
         others = [d.name for d in DEVICES.values() if d.memory > device.memory and _tried(task, d, ranks, nodes, asked)]
@@ -277,7 +278,8 @@ def main(argv: Sequence[str]) -> int:
     device = device_named(wanted.gpu)
     config = read_config(rest, folders=False)
     mfu = wanted.mfu or expected_mfu(config.lm.dim)
-    per_node = min(wanted.per_node or device.per_node, wanted.gpus)
+    device = replace(device, per_node=wanted.per_node or device.per_node)  # what fits is looked for on such machines
+    per_node = min(device.per_node, wanted.gpus)
     if wanted.gpus % per_node:
         raise UserError(f"GPUS={wanted.gpus} is not a multiple of the {per_node} of a node; give --per_node")
     _check_hardware(config.hardware, rest, nodes=wanted.gpus // per_node, devices=per_node)

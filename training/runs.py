@@ -13,17 +13,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from musicgen import settings
+from musicgen import settings, weights
 from musicgen.errors import UserError
 from training import folder as run_folder
 from training import lineage, record
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NO_TERMINAL = 1000  # characters of a line in a file or a pipe
 HEAD = ("run", "size", "state", "step", "best valid loss", "data", "from", "code", "starts", "last start")
+LEAST_TOLD = ("starts", "code", "data", "from", "last start", "size")  # left out in this order where there is no room
 
 
 @dataclass(frozen=True)
@@ -196,7 +202,7 @@ def ancestors(source: str, depth: int = 8) -> list[str]:
     lines: list[str] = []
     while source and depth:
         depth -= 1
-        file = Path(source) / "config.json"
+        file = (weights.DEMO if source == "demo" else Path(source)) / "config.json"
         try:
             if not file.is_file():
                 return [*lines, f"{source} (not a folder here)"]
@@ -259,11 +265,27 @@ def _json(source: Any) -> str:
     return json.dumps(source, ensure_ascii=False, default=str)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the table, or all about one run."""
+def table(rows: Sequence[tuple[str, ...]], width: int) -> tuple[Table, list[str]]:
+    """The cells of `HEAD` as a table of at most `width` characters a line, and the columns that had no room."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    left_out: list[str] = []
+    for dropped in (None, *LEAST_TOLD):
+        left_out += [dropped] if dropped else []
+        kept = [i for i, name in enumerate(HEAD) if name not in left_out]
+        drawn = Table(*(HEAD[i] for i in kept))
+        for cells in rows:
+            drawn.add_row(*(Text(cells[i]) for i in kept))
+        if Console(width=NO_TERMINAL).measure(drawn).maximum <= width:
+            break
+    return drawn, left_out
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table, or all about one run."""
+    from rich.console import Console
 
     config = settings.parse(RunsConfig, argv, prog="python -m training.runs")
     if config.run:
@@ -277,10 +299,11 @@ def main(argv: Sequence[str]) -> int:
     if not runs:
         print(f"no runs in {folder}; `make train` makes one")
         return 0
-    table = Table(*HEAD)
-    for run in runs:
-        table.add_row(*(Text(cell) for cell in row(run, folder)))
-    Console().print(table)
+    console = Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=NO_TERMINAL)
+    drawn, left_out = table([row(run, folder) for run in runs], console.width)
+    console.print(drawn)
+    if left_out:
+        print(f"no room here for: {', '.join(left_out)}; RUN=… tells all about one run")
     for run in runs:
         for what in run.odd:
             print(_shown(f"odd: {_name(run, folder)}: {what}"))

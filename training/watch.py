@@ -125,6 +125,13 @@ class Profile(pl.Callback):
         self.folder, self.first, self.steps = folder, first, steps
         self.profiler: Any = None
 
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        if self.first and module.progress.step >= self.first:
+            if trainer.global_rank == 0:
+                made = f"{module.progress.step} are made; give a later one"
+                print(f"profile   none: it was to begin at step {self.first} (log.profile_at), and {made}", flush=True)
+            self.first = 0
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any, **__: Any) -> None:
         module = pl_module
         if self.first and self.profiler is None and module.progress.step == self.first - 1:
@@ -139,6 +146,8 @@ class Profile(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
         if self.profiler is not None:
             self._write(trainer.global_rank)
+        elif self.first and trainer.global_rank == 0:
+            print(f"profile   none: it was to begin at step {self.first} (log.profile_at)", flush=True)
 
     def _write(self, rank: int) -> None:
         profiler, stem = self.profiler, self.folder / f"step-{self.first:07d}-rank-{rank}"

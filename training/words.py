@@ -43,12 +43,13 @@ def data_lines(
     """
     again = ", from the first one again: the run has kept no state yet (log.state_every)" if begun else ""
     books, mixture = ", ".join(f"{h:.2f}" for h in unigram), sources.describe(shards)
+    on = "validation crops" if len(tracks_of(shards, "valid")) else "training tracks (there are none to validate on)"
     return [
         f"data      {describe_data(shards)}" + (f"; mixture {mixture}" if mixture else ""),
         f"hears     {controls.described(config.lm.condition, encoder)}",
         *controls.untrained(config.lm.condition, shards, tracks_of(shards, "train").rows),
         f"steps     {config.steps}" + (f", going on from {start}" if start else again),
-        f"unigram   {sum(unigram) / len(unigram):.3f} nats on the validation crops, mean of the codebooks [{books}]: "
+        f"unigram   {sum(unigram) / len(unigram):.3f} nats on the {on}, mean of the codebooks [{books}]: "
         "the loss of a model that only knows how common each code is",
     ]
 

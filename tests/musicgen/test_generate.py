@@ -313,6 +313,25 @@ def test_command_warns_of_an_unknown_script_and_still_plays(
     assert out.is_file()
     assert generate.main([*argv[:-2], "--unconditional", "true"]) == 0
     assert wav.read_marking(out)["prompt"] is None
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--unconditional", "true"], "PROMPT is not heard"),
+        (["--prompt_seconds", "2"], "prompt_seconds acts on an AUDIO; there is none"),
+        (["--melody_stems", "true"], "melody_stems acts on a MELODY; there is none"),
+        (["--sampling.guidance_style", "2"], "guidance_style acts on a STYLE; there is none"),
+    ],
+)
+def test_command_says_which_setting_does_nothing(
+    more: list[str], told: str, release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model", str(release), "--duration", "0.3", "--out", str(tmp_path / "x.wav"), "--prompt", "calm piano"]
+    assert generate.main([*argv, *more]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 1 and told in said[0]
 
 
 def test_a_model_of_another_text_encoder_is_refused(release: Path, tmp_path: Path) -> None:

@@ -131,7 +131,11 @@ def test_guidance_over_time() -> None:
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": 1e-39}, "temperature is 1e-39"),
         ({"guidance": math.inf}, "guidance is inf"),
+        ({"guidance": 1e39}, r"guidance is 1e\+39; give 0 to 1000"),
+        ({"guidance_melody": 1e39}, r"guidance_melody is 1e\+39"),
+        ({"guidance_over_time": ((0, 1e39),)}, "scales from 0 to 1000"),
         ({"guidance_over_time": ((3, 2), (1, 2))}, "ascending seconds"),
         ({"guidance_over_time": ((0, -1),)}, r"give pairs"),
     ],
@@ -139,3 +143,14 @@ def test_guidance_over_time() -> None:
 def test_nonsense_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**values)
+
+
+@pytest.mark.parametrize("values", [{"temperature": 1e-6}, {"temperature": 1e6}, {"guidance": 1000.0}])
+def test_the_outermost_settings_that_are_taken_give_numbers(values: dict[str, Any]) -> None:
+    config = SamplingConfig(**values)
+    logits = 40 * torch.randn(2, 1, 4, 64, generator=torch.Generator().manual_seed(0))
+    guided = sampling.guide(list(logits), torch.full((1, 1), config.guidance))
+    assert bool((guided / config.temperature).isfinite().all())
+    tokens = sampling.sample(guided, torch.tensor([3]), 0, config)
+    if values.get("temperature") == 1e-6:
+        assert torch.equal(tokens, guided.argmax(dim=-1))

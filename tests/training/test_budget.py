@@ -373,6 +373,15 @@ def test_make_plan_takes_what_its_hint_says(capsys: pytest.CaptureFixture[str]) 
     assert "--per_node" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("per_node", ["0", "1", "3", "6"])
+def test_so_many_gpus_as_the_hint_says_fit_on_such_machines(per_node: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--size", "3.3b", "--gpu", "rtx4090", "--per_node", per_node]
+    with pytest.raises(UserError, match="does not fit"):
+        forecast.main([*given, "--gpus", "1"])
+    hint = re.search(r"(\d+) GPUs of this kind", capsys.readouterr().out)
+    assert hint is not None and forecast.main([*given, "--gpus", hint[1]]) == 0
+
+
 def test_make_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert forecast.main(["--size", "3.3b", "--gpus", "64", "--gpu", "h100-80"]) == 0
     out = capsys.readouterr().out

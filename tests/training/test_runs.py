@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from musicgen import weights
 from musicgen.errors import UserError
 from training import folder as run_folder
 from training import lineage, runs
@@ -138,6 +139,27 @@ def test_an_odd_folder_is_shown_as_odd_beside_the_others(
     assert runs.main(["--run", str(tmp_path / "bad")]) == 0
     told = capsys.readouterr().out
     assert "odd       " in told and ("start     2026-01-02" in told) == (kind != "starts are a pipe")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_narrow_terminal_shows_whole_cells_of_fewer_columns(
+    width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "koto" / "calm", settings={"size": "300m", "steps": 1_000_000, "init": "demo"})
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert runs.main(["--folder", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "…" not in told.splitlines()[3] and all(cell in told for cell in ("koto/calm", "4 of 1000000", "2.500"))
+    assert "no room here for: starts" in told and " starts " not in told
+    monkeypatch.delenv("COLUMNS")  # into a pipe: all of it
+    assert runs.main(["--folder", str(tmp_path)]) == 0
+    assert "no room" not in (told := capsys.readouterr().out) and "2026-01-02 03:04" in told
+
+
+def test_the_shipped_model_is_found_as_what_a_run_began_from() -> None:
+    about = json.loads((weights.DEMO / "config.json").read_text())
+    version = about["training"]["data_version"][:12]
+    assert runs.ancestors("demo")[0] == f"demo: {about['training']['step']} steps on data {version}, {about['licence']}"
 
 
 def test_a_start_behind_a_cut_line_is_not_swallowed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from musicgen import codec as codecs
 from musicgen import wav
@@ -289,3 +290,18 @@ def test_a_wandb_server_that_says_nothing_holds_nobody(
     assert held and time.monotonic() - began < 90
     assert [row["step"] for row in record.read_metrics(tmp_path / "run" / "metrics.jsonl")][-1] == 10
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))  # kept, to be sent later
+
+
+def test_a_trace_of_steps_that_are_made_or_never_come_is_missed_aloud(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a resume may ask for another batch of validation and another type of the release's weights."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    argv = words(data, run := tmp_path / "run", "--steps", "4", "--log.state_every", "2")
+    assert train.main([*argv, "--stop_at", "2", "--log.profile_at", "3"]) == 0
+    assert "profile   none: it was to begin at step 3 (log.profile_at)\n" in capsys.readouterr().out
+    assert train.main([*argv, "--log.profile_at", "2", "--batch.valid_batch", "1", "--release_dtype", "float16"]) == 0
+    assert "profile   none: it was to begin at step 2 (log.profile_at), and 2 are made" in capsys.readouterr().out
+    assert state.steps_in(run / "state")[-1] == 4 and not (run / "profile").exists()
+    with safe_open(run / "release" / "model.safetensors", "pt") as file:
+        assert file.get_slice("out_norm.weight").get_dtype() == "F16"
