@@ -8,10 +8,11 @@ can lose it. The same audio and marking give the same bytes: no times, no machin
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
-from typing import Any
+from typing import Any, BinaryIO
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from musicgen import about, files
 from musicgen.errors import UserError
 
+MOST_BYTES = 2**20  # of a marking, which are some thousand
 MARKING_BYTES = 2**16  # of a sound handed in, beyond which its marking is not carried on
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 _XMP = (
@@ -113,19 +115,26 @@ def read_marking(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: no such file, not a WAV, or a WAV without our marking.
     """
+    name = os.fspath(path)
     try:
-        raw = files.read_bytes(path)
+        with _opened(path) as file:
+            start = file.read(12)
+            if start[:4] != b"RIFF" or start[8:] != b"WAVE":
+                raise UserError(f"{name!r} is not a WAV file; only WAV files carry this marking")
+            while len(head := file.read(8)) == 8:
+                size = struct.unpack("<I", head[4:])[0]
+                if head[:4] == b"mgen" and size <= MOST_BYTES:
+                    return json.loads(file.read(size))
+                file.seek(size + size % 2, os.SEEK_CUR)
     except FileNotFoundError:
-        raise UserError(f"{os.fspath(path)!r} does not exist; give a WAV file") from None
-    if raw[:4] != b"RIFF" or raw[8:12] != b"WAVE":
-        raise UserError(f"{os.fspath(path)!r} is not a WAV file; only WAV files carry this marking")
-    position = 12
-    while position + 8 <= len(raw):
-        name, size = raw[position : position + 4], struct.unpack("<I", raw[position + 4 : position + 8])[0]
-        if name == b"mgen":
-            return json.loads(raw[position + 8 : position + 8 + size])
-        position += 8 + size + size % 2
-    raise UserError(f"{os.fspath(path)!r} carries no marking of this program; it was made elsewhere or edited since")
+        raise UserError(f"{name!r} does not exist; give a WAV file") from None
+    raise UserError(f"{name!r} carries no marking of this program; it was made elsewhere or edited since")
+
+
+def _opened(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file to look around in; one in an object store is fetched."""
+    local = files.local_path(path)
+    return local.open("rb") if local is not None else io.BytesIO(files.read_bytes(path))
 
 
 def marking_of(path: str) -> dict[str, Any] | None:

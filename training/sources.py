@@ -39,12 +39,12 @@ def parse(spec: str) -> list[tuple[str, float]]:
     """`uri`, or `uri:share,uri:share,…`, as places and shares that add up to 1.
 
     A whole number right behind the host of a URI's `endpoint_override` is its port: `s3://a/b?endpoint_override=host:9000`
-    has no share, `s3://a/b?endpoint_override=host:9000:0.3` has one.
+    has no share, `s3://a/b?endpoint_override=host:9000:0.3` has one. A folder of that very name has none either.
 
     Raises:
         UserError: a share that is not a positive number.
     """
-    if "," not in spec and not _share_of(spec)[1]:
+    if os.path.isdir(spec) or ("," not in spec and not _share_of(spec)[1]):
         return [(spec, 1.0)]
     found = []
     for part in spec.split(","):
@@ -60,7 +60,7 @@ def parse(spec: str) -> list[tuple[str, float]]:
 
 def _share_of(part: str) -> tuple[str, float | None]:
     place, colon, number = part.rpartition(":")
-    if not colon or (number.isdecimal() and _HOST_LAST.search(place)):
+    if not colon or (number.isdecimal() and _HOST_LAST.search(place)) or os.path.isdir(part):
         return part, None
     try:
         return place, float(number)

@@ -26,10 +26,10 @@ from musicgen.errors import UserError
 from musicgen.interop.parts import Parts, card, check_reference, codec_network, read_card, stated
 
 LM_FILE, CODEC_FILE = "state_dict.bin", "compression_state_dict.bin"
-TEXT_ENCODERS = (
-    "t5-small", "t5-base", "t5-large", "t5-3b", "t5-11b", "google/flan-t5-small", "google/flan-t5-base",
-    "google/flan-t5-large",
-)  # fmt: skip
+TEXT_ENCODERS = {  # those that audiocraft fetches by name, and how wide their hidden states are
+    "t5-small": 512, "t5-base": 768, "t5-large": 1024, "t5-3b": 1024, "t5-11b": 1024, "google/flan-t5-small": 512,
+    "google/flan-t5-base": 768, "google/flan-t5-large": 1024,
+}  # fmt: skip
 _CONDITIONERS = "condition_provider.conditioners."
 _WINDOW = f"{_CONDITIONERS}self_wav.chroma.spec.window"  # a buffer of theirs, a constant of ours
 

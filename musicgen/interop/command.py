@@ -125,7 +125,13 @@ def export_model(config: ExportConfig) -> Path:
         huggingface.check(model)
         write = lambda folder: huggingface.write(model, folder)  # noqa: E731
     else:
-        audiocraft.check(model, config.text_encoder_name)
+        name, width = audiocraft.check(model, config.text_encoder_name), model.config.condition.text_dim
+        if audiocraft.TEXT_ENCODERS[name] != width:
+            print(
+                f"warning: {config.model} hears text of width {width} and {name} gives "
+                f"{audiocraft.TEXT_ENCODERS[name]}: audiocraft, which fetches its encoder by name, will not load it",
+                file=sys.stderr,
+            )
         write = lambda folder: audiocraft.write(model, folder, config.text_encoder_name)  # noqa: E731
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:

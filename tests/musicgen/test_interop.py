@@ -590,9 +590,13 @@ def test_published_names_from_the_machines_copy_of_the_hub(
 
 
 @pytest.mark.parametrize(("to", "named"), [("transformers", []), ("audiocraft", ["--text_encoder_name", "t5-small"])])
-def test_an_export_of_ours_comes_back_as_it_was_trained(to: str, named: list[str], tmp_path: Path) -> None:
+def test_an_export_of_ours_comes_back_as_it_was_trained(
+    to: str, named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Neither form has a word for the pattern's tail, by which long clips are cut, nor for the data."""
     command.main(["export", "--model", "demo", "--to", to, "--out", str(tmp_path / "out"), *named])
+    told = "demo hears text of width 384 and t5-small gives 512: audiocraft" in capsys.readouterr().err
+    assert told == (to == "audiocraft")
     demo = parts.of_release("demo")
     encoder = [] if to == "transformers" else ["--text_encoder", "minilm"]
     command.main(["import", "--source", str(tmp_path / "out"), "--out", str(tmp_path / "back"), *encoder])

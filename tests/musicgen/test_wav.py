@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +63,27 @@ def test_files_without_a_marking_are_named(tmp_path: Path) -> None:
         wav.read_marking(tmp_path / "text.wav")
     with pytest.raises(UserError, match="does not exist"):
         wav.read_marking(tmp_path / "nothing.wav")
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="files with holes")
+def test_a_long_recording_is_not_read_for_its_marking(tmp_path: Path) -> None:
+    """Four gigabytes of which nothing lies on the disk, a marking behind them, and one that is too large to be one."""
+    head = b"RIFF" + struct.pack("<I", 2**32 - 1) + b"WAVE" + b"mgen" + struct.pack("<I", 2**30)
+    mark = b'{"seed": 3}'
+    with (tmp_path / "long.wav").open("wb") as file:
+        file.write(head)
+        file.seek(2**30, os.SEEK_CUR)
+        file.write(b"data" + struct.pack("<I", 3 * 2**30 - 1))
+        file.seek(3 * 2**30, os.SEEK_CUR)  # one byte of padding
+        file.write(b"mgen" + struct.pack("<I", len(mark)) + mark)
+    tracemalloc.start()
+    assert wav.marking_of(str(tmp_path / "long.wav")) == {"seed": 3}
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_a_file_cut_inside_a_chunk_has_no_marking(tmp_path: Path) -> None:
+    whole = wav.encode(_tone(), 32000, MARK)
+    for length in (0, 4, 12, 15, 60, whole.index(b"mgen") + 20):
+        (tmp_path / "cut.wav").write_bytes(whole[:length])
+        assert wav.marking_of(str(tmp_path / "cut.wav")) is None

@@ -84,6 +84,15 @@ def test_one_set_keeps_its_version_and_a_mixture_has_its_own(two: tuple[Path, Pa
             sources.parse(bad)
 
 
+def test_a_folder_may_be_named_like_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("takes:3", "a,b:2", "c"):
+        (tmp_path / name).mkdir()
+    assert sources.parse("takes:3") == [("takes:3", 1.0)] and sources.parse("a,b:2") == [("a,b:2", 1.0)]
+    assert sources.parse("takes:3,c") == [("takes:3", 0.5), ("c", 0.5)]
+    assert sources.parse("takes:3:1,c:3") == [("takes:3", 0.25), ("c", 0.75)]
+
+
 @pytest.mark.parametrize(
     ("spec", "places"),
     [
