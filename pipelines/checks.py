@@ -129,7 +129,9 @@ def clipping(pcm: np.ndarray, sample_rate_hz: int, limits: CheckConfig) -> Rejec
         clipped += int(run.sum())
     share = clipped / pcm.size
     if share > limits.max_clipped_share:
-        return Reject("check", "clipped", f"{share:.1%} of the samples sit at full scale")
+        peak = float(np.abs(pcm).max())
+        above = f" or above it: peak {peak:.3g} times full scale, a lower level would pass" if peak > 1.1 else ""
+        return Reject("check", "clipped", f"{share:.1%} of the samples sit at full scale{above}")
     return None
 
 

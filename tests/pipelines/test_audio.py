@@ -214,6 +214,12 @@ def test_checks(change: object, expected: str | None) -> None:
     assert (reject.code if reject else None) == expected
 
 
+def test_a_loud_float_file_is_told_from_a_clipped_one() -> None:
+    clipped, loud = (checks.first(sound, 16_000, LIMITS) for sound in (np.clip(music() * 30, -1, 1), music() * 20))
+    assert clipped is not None and clipped.message.endswith("sit at full scale")
+    assert loud is not None and "or above it: peak" in loud.message and "a lower level would pass" in loud.message
+
+
 def test_only_known_codes() -> None:
     with pytest.raises(ValueError, match="unknown reject code"):
         checks.Reject("check", "strange", "")

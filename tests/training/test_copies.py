@@ -93,3 +93,20 @@ def test_one_part_or_float32_takes_no_copies(
     heard = types_heard(monkeypatch)
     trained(data, tmp_path / "run", *shlex.split(more))
     assert made[0].copies is None and {kind for _, kind in heard} == {torch.float32}
+
+
+def test_freed_copies_take_no_memory_until_they_are_made_again() -> None:
+    """As in the last part of a step under DDP, which then sums the weights' own gradients."""
+    layer = torch.nn.Linear(8, 8, bias=False)
+    copies = WorkingCopies([layer], torch.bfloat16)
+    copies.refresh()
+    copies.put_in()
+    held = layer.weight
+    assert held.dtype == torch.bfloat16 and held.untyped_storage().nbytes() == 128
+    copies.put_back()
+    copies.free()
+    assert held.untyped_storage().nbytes() == 0 and layer.weight.dtype == torch.float32
+    with torch.no_grad():
+        layer.weight += 1
+    copies.refresh()
+    assert torch.equal(held, layer.weight.bfloat16()) and held.untyped_storage().nbytes() == 128
