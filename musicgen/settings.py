@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import os
@@ -74,13 +75,13 @@ def _reject_unknown(given: Sequence[str], config_class: type, where: str) -> Non
         raise SettingsError("\n".join(problems))
 
 
-def _flat(tree: dict[str, Any], config_class: type, prefix: str = "") -> Iterator[str]:
+def _named_in(tree: dict[str, Any], config_class: type, prefix: str = "") -> Iterator[str]:
     groups = set(names(config_class))
     for key, value in tree.items():
         name = f"{prefix}{key}"
         yield name
         if isinstance(value, dict) and any(g.startswith(name + ".") for g in groups):
-            yield from _flat(value, config_class, name + ".")
+            yield from _named_in(value, config_class, name + ".")
 
 
 def _check_groups(tree: Mapping[Any, Any], config_class: type, where: str) -> None:
@@ -219,7 +220,7 @@ def parse(config_class: type[T], argv: Sequence[str], *, layers: Sequence[str | 
         path = words[0].split("=", 1)[1] if words[0].startswith("--config=") else words[1] if len(words) > 1 else None
         if path is not None:
             tree = read_yaml(path)
-            _reject_unknown(list(_flat(tree, config_class)), config_class, path)
+            _reject_unknown(list(_named_in(tree, config_class)), config_class, path)
             _check_groups(tree, config_class, path)
             if not tree:  # jsonargparse takes no file without settings
                 continue
@@ -245,6 +246,29 @@ def parse(config_class: type[T], argv: Sequence[str], *, layers: Sequence[str | 
     return config
 
 
+def split(config_class: type, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line that set what `config_class` has, `-h` and `--help` among them, and all others."""
+    names, own, rest = {f.name for f in dataclasses.fields(config_class)}, list[str](), list[str]()
+    words = iter(argv)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if word in ("-h", "--help"):
+            own.append(word)
+        elif name.removeprefix("--") in names:
+            own += [word] if equals else [word, *itertools.islice(words, 1)]
+        else:
+            rest.append(word)
+    return own, rest
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of dotted names."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain nested dicts, ready for YAML or JSON."""
     return dataclasses.asdict(config)
@@ -254,7 +278,7 @@ def from_dict(config_class: type[T], tree: dict[str, Any]) -> T:
     """The inverse of `to_dict`; unknown keys raise `SettingsError` with the nearest name, wrong types with the type."""
     if not isinstance(tree, dict):
         raise SettingsError(f"{config_class.__name__}: expected a mapping of settings, found {type(tree).__name__}")
-    _reject_unknown(list(_flat(tree, config_class)), config_class, config_class.__name__)
+    _reject_unknown(list(_named_in(tree, config_class)), config_class, config_class.__name__)
     hints = typing.get_type_hints(config_class)
     values: dict[str, Any] = {}
     for f in dataclasses.fields(cast(Any, config_class)):

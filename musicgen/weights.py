@@ -373,7 +373,7 @@ def initial_state(
                 f"{info[part]['identity'][:12]}…), this run has {here['name']!r} (identity {here['identity'][:12]}…), "
                 "whose numbers mean other things; use the one of the release"
             )
-    had, given = (_flat(settings.to_dict(_alike(c))) for c in (there, wanted))
+    had, given = (settings.flat(settings.to_dict(_alike(c))) for c in (there, wanted))
     # Without weights; see the identities.
     free: tuple[str, ...] = ("dropout", "tail", "condition.text_encoder", "condition.null")
     if not there.condition.style.dim:  # what a model hears beside text can be added to it
@@ -392,13 +392,6 @@ def _alike(lm: config.LMConfig) -> config.LMConfig:
     """The model without what only says how its attributes are trained: their column, how often they are dropped."""
     attributes = tuple(replace(a, field="", dropout=0.0) for a in lm.condition.attributes)
     return replace(lm, condition=replace(lm.condition, attributes=attributes))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def named(told: Any) -> Any:

@@ -141,13 +141,6 @@ def settings_hash(tree: dict[str, Any]) -> str:
     return hashlib.sha256(shard.json_bytes(tree)).hexdigest()
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
-    return flat
-
-
 def refuse_other_settings(root: Place, now: dict[str, Any], codec_name: str) -> None:
     """Raises `UserError` naming every setting in which an existing or unfinished set differs from this run.
 
@@ -157,7 +150,7 @@ def refuse_other_settings(root: Place, now: dict[str, Any], codec_name: str) -> 
         if not place.is_file():
             continue
         tree = shard.read_info(root, ingested=True) if pick else _unfinished(place)
-        there, here = _flat(tree[pick] if pick else tree), _flat(now)
+        there, here = settings.flat(tree[pick] if pick else tree), settings.flat(now)
         differ = [
             f"  - {name}: {there.get(name, 'absent')!r} there, {here.get(name, 'absent')!r} now"
             for name in sorted({*there, *here})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from musicgen.settings import SettingsError, from_dict, parse, to_dict
+from musicgen.settings import SettingsError, flat, from_dict, parse, split, to_dict
 from training.config import read_config
 
 
@@ -176,3 +176,15 @@ def test_numbers_are_finite(tmp_path: Path, text: str) -> None:
         read_config(["--config", str(tmp_path / "a.yaml")], folders=False)
     with pytest.raises(SettingsError, match=r"betas is nan; it must be a finite number"):
         parse(Config, ["--optim.betas", "[0.9, .nan]"])
+
+
+def test_a_command_keeps_its_own_words_and_hands_on_the_rest() -> None:
+    argv = ["--seed", "3", "--lm.dim", "8", "--seed=4", "--help", "-h", "--seedy", "1", "--seed"]
+    assert split(Config, argv) == (
+        ["--seed", "3", "--seed=4", "--help", "-h", "--seed"],
+        ["--lm.dim", "8", "--seedy", "1"],
+    )
+
+
+def test_nested_settings_as_dotted_names() -> None:
+    assert flat({"a": 1, "b": {"c": {"d": [2]}, "e": None}}) == {"a": 1, "b.c.d": [2], "b.e": None}

@@ -67,21 +67,6 @@ class AblateConfig:
             raise ValueError(f"patterns is {list(self.patterns)}; give different names, at least one")
 
 
-def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Arguments of `AblateConfig`, and those that go on to training."""
-    own: list[str] = []
-    rest: list[str] = []
-    tokens = list(argv)
-    while tokens:
-        token = tokens.pop(0)
-        if token.removeprefix("--").split("=", 1)[0] in ("patterns", "equal_compute", "out"):
-            own += [token] if "=" in token else [token, *tokens[:1]]
-            tokens = tokens if "=" in token else tokens[1:]
-        else:
-            rest.append(token)
-    return own, rest
-
-
 # Settings of training that the comparison sets itself, and what to give instead.
 _OWN = {
     "lm.pattern": 'give the patterns to compare as --patterns \'["delay", "parallel"]\'',
@@ -238,7 +223,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Train, print the tables, write figures.json; see `AblateConfig`."""
-    own, training = split_arguments(argv)
+    own, training = settings.split(AblateConfig, argv)
     config = settings.parse(AblateConfig, own, prog="python -m training.ablate")
     check_training(training)
     found = run_all(config, training)

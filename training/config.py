@@ -18,7 +18,6 @@ from musicgen.config import SIZES, LMConfig, size
 from musicgen.errors import UserError
 from musicgen.settings import SettingsError
 from training import budget, finetune
-from training import folder as folder_of
 from training.callbacks import LogConfig
 from training.data import BatchConfig
 from training.launch import RayConfig
@@ -94,7 +93,7 @@ def read_config(argv: Sequence[str], *, folders: bool = True) -> TrainConfig:
     name = value_of("size", argv, "demo")
     if name not in SIZES:
         raise UserError(f"unknown SIZE {name!r}; allowed: {', '.join(SIZES)}")
-    shape = [f"--{key}={_word(value)}" for key, value in folder_of.flat({"lm": settings.to_dict(size(name))}).items()]
+    shape = [f"--{key}={_word(value)}" for key, value in settings.flat({"lm": settings.to_dict(size(name))}).items()]
     adapter = value_of("lora.rank", argv, "0") != "0"
     layers = finetune.layers(CONFIGS, name, init=bool(value_of("init", argv)), adapter=adapter)
     config = settings.parse(TrainConfig, [*shape, *argv], layers=layers, prog="python -m training.train")
@@ -137,7 +136,7 @@ def value_of(name: str, argv: Sequence[str], default: str = "") -> str:
 def _value_in(file: Path, name: str, default: str) -> str:
     """A setting in a YAML file; what is wrong with the file is for `settings.parse` to say."""
     try:
-        found = folder_of.flat(settings.read_yaml(file)).get(name, default)
+        found = settings.flat(settings.read_yaml(file)).get(name, default)
     except (SettingsError, RecursionError):
         return default
     return "" if found is None else str(found)

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from musicgen import about, files
+from musicgen import about, files, settings
 from musicgen.errors import UserError
 from training import record, state
 
@@ -33,14 +33,6 @@ _FREE = (
 _PARTS = {"settings": dict, "dataset_version": str, "codec": dict, "text_encoder": dict, "wandb_run_id": str}
 _NAMED = ("codec", "text_encoder", "base")
 _NONE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # no file can stand there
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level of dotted names."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
 
 
 def plain(tree: Any) -> Any:
@@ -101,7 +93,7 @@ def stored_config(folder: Path) -> dict[str, Any] | None:
     try:
         config, wrong = config_in(folder)
         if not wrong:
-            flat(config["settings"])
+            settings.flat(config["settings"])
     except FileNotFoundError:
         return None
     except RecursionError:
@@ -144,8 +136,8 @@ def check_same_run(
             f"INIT={folder / 'release'} RUN=<another>"
         )
     # A setting that did not exist when the run began has its default, which is what the run did then.
-    before = flat(defaults) | flat(stored["settings"])
-    now = flat(wanted["settings"])
+    before = settings.flat(defaults) | settings.flat(stored["settings"])
+    now = settings.flat(wanted["settings"])
     differing = [
         f"{name}: the run has {before.get(name, '(absent)')!r}, given {now.get(name, '(absent)')!r}"
         for name in sorted({*before, *now})

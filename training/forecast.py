@@ -9,7 +9,7 @@ plan's (`training.rehearsal`); that takes seconds to a minute, and no GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from musicgen.adapters import AdapterConfig
@@ -226,9 +226,6 @@ class PlanConfig:
     rehearse: bool = False
 
 
-OWN = frozenset(f.name for f in fields(PlanConfig))
-
-
 def rehearsed(plan: Plan) -> str:
     """The plan's memory beside that of a step that is made, as a line."""
     from training import rehearsal
@@ -257,18 +254,7 @@ def main(argv: Sequence[str]) -> int:
     """Print a plan: `PlanConfig`, and all settings of training. Ends with exit code 2 where it cannot fit."""
     from musicgen import settings
 
-    own: list[str] = []
-    rest: list[str] = []
-    tokens = list(argv)
-    while tokens:
-        token = tokens.pop(0)
-        if token in ("-h", "--help"):
-            own.append(token)
-        elif token.removeprefix("--").split("=", 1)[0] in OWN:
-            own += [token] if "=" in token else [token, *tokens[:1]]
-            tokens = tokens if "=" in token else tokens[1:]
-        else:
-            rest.append(token)
+    own, rest = settings.split(PlanConfig, argv)
     wanted = settings.parse(PlanConfig, own, prog="python -m training.forecast")
     if wanted.gpus < 1 or wanted.per_node < 0 or not 0 <= wanted.mfu <= 1:
         raise UserError(

@@ -25,7 +25,6 @@ import yaml
 from musicgen import files, settings
 from musicgen.errors import UserError
 from training import launch, record
-from training.folder import flat
 from training.launch import AskedToLeave, Launched
 
 VALIDATION_SECONDS = 20
@@ -172,8 +171,9 @@ def _check_config(run: Path, config: Any) -> None:
         network = {"network": dataclasses.asdict(codecs.CODEC_SIZES[stored["size"]])}
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         raise UserError(f"run folder {run} holds a config.yaml that is none of a codec run; take another RUN") from None
-    before = flat(_plain(type(config)())) | flat(json.loads(json.dumps(network))) | flat(stored)
-    now = flat(_plain(config))
+    trees = (_plain(type(config)()), json.loads(json.dumps(network)), stored)
+    before = {name: value for tree in trees for name, value in settings.flat(tree).items()}
+    now = settings.flat(_plain(config))
     kept = [k for k in now if k not in FREE and not k.startswith("hardware.")]
     told = "; ".join(f"{k}: {before.get(k)} there, {now[k]} now" for k in kept if before.get(k) != now[k])
     if told:
