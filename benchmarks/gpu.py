@@ -18,6 +18,7 @@ bandwidth's floor; captured graphs beside plain steps, and whether both draw the
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
@@ -86,6 +87,7 @@ def training(config: GpuConfig) -> dict[str, Any]:
                 continue
             asked = replace(asked, batch=plan.micro * min(plan.accumulate, PASSES))
             run, plan = _planned(asked, device)
+            _forget_the_last(on_gpu)
             speed = bench.measure_run(asked, data, folder / size, encoder)
             shutil.rmtree(folder / size)  # a release of 3.3b alone is 6.5 GB
             clips = speed["audio_seconds_per_second"] / run.batch.crop_seconds
@@ -105,6 +107,16 @@ def training(config: GpuConfig) -> dict[str, Any]:
     peer = bench.BenchConfig(size=size, batch=batch, parts=4, crop_seconds=0.64 * config.tiny)
     found["frames_per_second_beside_transformers"] = bench.measure_peer(peer, 2 if config.tiny else 6)
     return found
+
+
+def _forget_the_last(on_gpu: bool) -> None:
+    """Let go of the model that was trained before, which holds itself by its hooks, and count the peak anew."""
+    import torch
+
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _planned(asked: Any, device: Any) -> tuple[Any, Any]:

@@ -146,9 +146,9 @@ def encode_prompts(model: MusicGen, prompts: Sequence[str | None]) -> Conditions
     parts = [model.text_encoder.encode([p]) for p in prompts]
     longest = max(int(hidden.shape[1]) for hidden, _ in parts)
     length = text_places(longest)
-    first = parts[0][0]
-    hidden = first.new_zeros(len(parts), length, first.shape[2])
-    mask = torch.zeros(len(parts), length, dtype=torch.bool, device=first.device)
+    first, place = parts[0][0], model.lm.out_norm.weight.device  # an encoder may stand elsewhere, as in training
+    hidden = first.new_zeros(len(parts), length, first.shape[2], device=place)
+    mask = torch.zeros(len(parts), length, dtype=torch.bool, device=place)
     for row, (h, m) in enumerate(parts):
         hidden[row, : h.shape[1]] = h[0]
         mask[row, : m.shape[1]] = m[0]

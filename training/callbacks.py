@@ -132,6 +132,7 @@ class Recorder(EachStep):
     def after_step(self, trainer: pl.Trainer, module: MusicLMModule, step: int) -> None:
         if not self.wanted(step):
             return
+        self.stopwatch.finish(module.device)
         metrics = module.step_metrics()
         seen = module.progress.audio_seconds_seen
         metrics |= {"train/audio_seconds": seen, "train/memory_gib": memory_gib()}
@@ -219,8 +220,8 @@ class Validation(EachStep):
 class Clips(EachStep):
     """Generated clips of the averaged weights, with their prompts, in samples/ and in the record.
 
-    Where the disk does not take them the training goes on to the next ones; those of the last step are tried again
-    at the end, when old states have gone.
+    Where the disk does not take them, or the memory that training leaves is too small for them, the training goes on to
+    the next ones; those of the last step are tried again at the end, when old states have gone.
 
     Args:
         record: where clips go; None on ranks other than 0.
@@ -231,7 +232,7 @@ class Clips(EachStep):
             captions.
 
     Attributes:
-        missing: what the disk said of the last step's clips, empty where they are there.
+        missing: what the disk said of the last step's clips, or why they could not be made; empty where they are there.
     """
 
     def __init__(
@@ -256,7 +257,7 @@ class Clips(EachStep):
         self._try(module, step)
         if self.missing:
             print(
-                f"warning   the clips of step {step} could not be written to {self._folder}: {self.missing}; "
+                f"warning   the clips of step {step} could not be made in {self._folder}: {self.missing}; "
                 "training goes on",
                 flush=True,
             )
@@ -271,8 +272,8 @@ class Clips(EachStep):
             if model is not None and self.record is not None:
                 try:
                     self._make_all(self.record, self.prepare(model, module), step)
-                except (OSError, UserError) as error:
-                    self.missing = folder_of.refused_by_disk(error)
+                except (OSError, UserError, torch.OutOfMemoryError) as error:
+                    self.missing = _why(error)
                 else:
                     self.missing = ""
 
@@ -296,6 +297,14 @@ class Clips(EachStep):
             files.write_bytes(path.with_suffix(".json"), about.encode())
             clips.append((path, prompt or "(no prompt)"))
         record.clips(step, clips)
+
+
+def _why(error: OSError | UserError | torch.OutOfMemoryError) -> str:
+    """What the disk said, else the error's own words, as far as its first line."""
+    try:
+        return folder_of.refused_by_disk(error)
+    except (UserError, torch.OutOfMemoryError):
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def one_answer(error: UserError | None) -> UserError | None:

@@ -40,7 +40,9 @@ class WorkingCopies:
     def refresh(self) -> None:
         """Copy the weights as they are now."""
         for _, _, weight, copy in self._places:
-            copy.untyped_storage().resize_(copy.numel() * copy.element_size())
+            storage = copy.untyped_storage()
+            if not storage.nbytes():  # a GPU's is made anew and copied even where its size stays
+                storage.resize_(copy.numel() * copy.element_size())
             copy.copy_(weight)
 
     def put_in(self) -> None:

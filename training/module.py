@@ -156,6 +156,7 @@ class MusicLMModule(pl.LightningModule):
         if self.copies is not None:
             if first:
                 self.copies.refresh()
+                self.phases.mark("forward")
             if not last or self.trainer.world_size == 1:
                 self.copies.put_in()
             else:  # DDP sums the gradients of this part, and sees those of no copy

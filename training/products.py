@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from training.sources import Sources
 
 
+MOVED = 1.3  # times its weights: the room on a GPU that a model needs to make clips there
+
+
 def release_info(
     encoder: TextEncoder,
     progress: state.Progress,
@@ -232,18 +235,20 @@ def _model_of(lm: MusicLM, weights: dict[str, Tensor]) -> Iterator[MusicLM]:
 def generator(lm: MusicLM, module: MusicLMModule, *, codec: Codec | None, info: Any) -> MusicGen:
     """The averaged model, ready to make the clips of a step where the module stands.
 
-    A copy that was put together from shards comes on the CPU, where a step of 3.3b would take half a second. A GPU
-    takes it in 16 bits, in the room that the activations have left.
+    A copy that was put together from shards comes on the CPU, where a step of 3.3b takes half a second. A GPU takes it
+    in 16 bits, where the activations have left the room.
     """
     import torch
 
-    from musicgen import adapters, model
+    from musicgen import adapters, memory, model
     from musicgen.engine import Engine
 
     if codec is None:
         raise ValueError("clips need the codec")
     lm = adapters.merged(lm) if adapters.is_adapted(lm) else lm
-    moves = next(lm.parameters()).device != module.device
+    room = memory.free_bytes(module.device)
+    fits = room is None or MOVED * 2 * sum(p.numel() for p in lm.parameters()) <= room
+    moves = next(lm.parameters()).device != module.device and fits
     if moves:
         lm = lm.to(module.device, torch.bfloat16)
     about = info(module.encoder, module.progress)

@@ -159,7 +159,15 @@ class _OnGivenDevice:
 
 
 class _DDP(_OnGivenDevice, pl.strategies.DDPStrategy):
-    """Lightning's DDP."""
+    """Lightning's DDP, made in the queue of a GPU that training computes in.
+
+    Made in a queue of its own, as Lightning does it, all gradients are summed there for good (torch warns of it:
+    "AccumulateGrad node's stream does not match"), and one that `training.copies` has begun in the queue of computing
+    could be read there after its memory has been given to another.
+    """
+
+    def _setup_model(self, model: nn.Module) -> nn.parallel.DistributedDataParallel:
+        return nn.parallel.DistributedDataParallel(model, self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
 
 class _FSDP2(_OnGivenDevice, pl.strategies.ModelParallelStrategy):
@@ -243,10 +251,15 @@ def prepare(lm: nn.Module, config: HardwareConfig, plan: Plan, device: torch.dev
 
 
 def _allow_graphs() -> None:
-    """Let dynamo keep a graph for training, for validation and for each length of captions."""
+    """Let dynamo keep a graph for training, for validation and for each length of captions, and cut none of them.
+
+    Under DDP it cuts where a bucket of gradients ends, which is inside a block, so that what could be one kernel is
+    several. A block is a graph of its own here: gradients travel while the block before is computed.
+    """
     from torch._dynamo import config
 
     config.recompile_limit = max(config.recompile_limit, GRAPHS)  # type: ignore[attr-defined]
+    config.optimize_ddp = False  # type: ignore[attr-defined]
 
 
 def recompute(block: Any, plan: Plan) -> None:

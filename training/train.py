@@ -216,7 +216,7 @@ def _unwritten(release: products.Release, clips: callbacks.Clips, folder: Path, 
         return release.sorry(folder / "state")
     if clips.missing:
         return UserError(
-            f"the clips of step {step} could not be written to {folder / 'samples'}: {clips.missing}. State and "
+            f"the clips of step {step} could not be made in {folder / 'samples'}: {clips.missing}. State and "
             f"release are saved: free some room and make clips from the release, `make generate MODEL={release.folder}`"
         )
     return None

@@ -87,6 +87,13 @@ class Stopwatch(pl.Callback):
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
         self.mark = time.perf_counter()
 
+    def finish(self, device: torch.device) -> None:
+        """Wait for what a GPU still has to compute of the last batch: that is no bookkeeping."""
+        if device.type == "cuda":
+            began = time.perf_counter()
+            torch.cuda.synchronize(device)
+            self.mark += time.perf_counter() - began
+
     def pause(self, since: float) -> None:
         """Leave the time since `since` (of `time.perf_counter`) out."""
         gone = time.perf_counter() - since

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from musicgen import weights
+from musicgen import generate, weights
 from musicgen.errors import UserError
 from tests.training.small_run import fill_disk, go, same, tensors
 from tests.training.tiny_run import curves as metrics
@@ -127,9 +128,24 @@ def test_clips_wait_for_room(
     found = sorted(path.name for path in (run / "samples").iterdir())
     assert found == ["ceiling-0.wav", "step-0000004-0.json", "step-0000004-0.wav"]
     fill_disk(monkeypatch, wav, "write", [True, True, True])
-    with pytest.raises(UserError, match=r"clips of step 4 could not be written .*make generate MODEL="):
+    with pytest.raises(UserError, match=r"clips of step 4 could not be made in .*make generate MODEL="):
         go(data, tmp_path / "never", *options)
     assert released(tmp_path / "never") and state.steps_in(tmp_path / "never" / "state") == [4]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no 2 GiB left\nhint"), UserError("no 2 GiB left")])
+def test_clips_that_find_no_memory_end_no_training(
+    error: Exception, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(generate, "generate", fails)
+    options = ["--steps", "4", "--log.clips", "1", "--log.clip_seconds", "0.5", "--log.clips_every", "2"]
+    with pytest.raises(UserError, match=r"clips of step 4 could not be made in .*: no 2 GiB left\. State and release"):
+        go(data, tmp_path / "run", *options)
+    assert "the clips of step 2 could not be made" in (told := capsys.readouterr().out) and "hint" not in told
+    assert released(tmp_path / "run") and state.steps_in(tmp_path / "run" / "state") == [4]
 
 
 def test_a_full_disk_keeps_the_record_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,22 @@
 """What a run takes from the hardware that it finds."""
 
+import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from training import strategy
+from musicgen.lm import MusicLM
+from training import budget, devices, strategy
+from training.config import read_config, task_of
 from training.strategy import HardwareConfig
+from training.traffic import Traffic
 
 
 @pytest.mark.parametrize(("multiplies", "expected"), [(False, "float32"), (True, "bf16")])
@@ -57,3 +65,33 @@ def test_without_a_c_compiler_nothing_is_compiled_and_that_is_said(
     strategy.check(config)
     assert not config.compiles and "no C compiler" in caplog.text
     assert strategy.HardwareConfig(compile="on").compiles
+
+
+def test_a_block_is_one_graph_where_a_bucket_of_gradients_ends_inside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut there, as dynamo does under DDP, kernels that move memory could not be joined across the cut."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    pieces: list[int] = []
+
+    def compiled(graph: Any, inputs: Any) -> Any:
+        pieces.append(len(list(graph.graph.nodes)))
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiled))
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    run = read_config(["--size", "demo", "--hardware.compile", "on", "--lm.num_layers", "2"], folders=False)
+    plan = budget.choose(task_of(run), devices.DEVICES["h200"], 1, checkpointing="none")
+    lm = MusicLM(run.lm)
+    strategy.prepare(lm, run.hardware, plan, torch.device("cpu"), Traffic())
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        copies = nn.parallel.DistributedDataParallel(lm, gradient_as_bucket_view=True, bucket_cap_mb=0.1)  # type: ignore[arg-type]
+        config = run.lm
+        tokens = torch.randint(0, config.codebook_size, (2, config.num_codebooks, 20))
+        text, mask = torch.randn(2, 32, config.condition.text_dim), torch.ones(2, 32, dtype=torch.bool)
+        copies(tokens, text, mask).float().pow(2).mean().backward()
+    finally:
+        dist.destroy_process_group()
+    assert len(pieces) == 1, "both blocks share a graph"
