@@ -63,8 +63,8 @@ train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=… [GPUS=8 INIT=model LOR
 	@case "$(GPUS)" in 0*|*[!0-9]*) echo "error: GPUS=$(GPUS): give a whole number of at least 1, the GPUs (or processes) of each machine" >&2; exit 2;; esac
 	$(BIN)/python -m training.train --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/$(SIZE))" $(if $(GPUS),--hardware.devices "$(GPUS)") $(if $(INIT),--init "$(INIT)") $(if $(LORA),--lora.rank "$(LORA)") $(if $(RAY),--ray.address "$(RAY)") $(ARGS)
 
-runs: setup ## [RUN=…]: which trainings there are, how they stand, what they came from
-	$(BIN)/python -m training.runs $(if $(RUN),--run "$(RUN)") $(ARGS)
+runs: setup ## [RUN=… TRACK=…]: which trainings there are, how they stand, what they came from; which learned from a track
+	$(BIN)/python -m training.runs $(if $(RUN),--run "$(RUN)") $(if $(TRACK),--track "$(TRACK)") $(ARGS)
 
 generate: setup ## PROMPT="…" DURATION=10 [MODEL=… BASE=… OUT=… SEED=… MELODY=… STYLE=… AUDIO=… STREAM=1]: text to wav
 	$(BIN)/python -m musicgen.generate --model "$(or $(MODEL),demo)" --duration "$(DURATION)" --seed "$(SEED)" --out "$(or $(OUT),out.wav)" $(if $(MELODY),--melody "$(MELODY)") $(if $(STYLE),--style "$(STYLE)") $(if $(AUDIO),--prompt_audio "$(AUDIO)") $(if $(STREAM),--stream true) $(if $(BASE),--base "$(BASE)") $(ARGS)

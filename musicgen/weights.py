@@ -224,6 +224,8 @@ def _check_parts(name: str, info: dict[str, Any]) -> None:
         about = info.get(part)
         if not isinstance(about, dict) or not all(isinstance(about.get(k), str) for k in ("name", "identity")):
             problems.append(f"{part} must have a name and an identity")
+        elif about.get("folder") not in (None, part):  # it is read from there, and written there by a merge
+            problems.append(f"{part} may lie in the folder {part!r} alone")
     training, inherits = info.get("training", {}), info.get("inherited", [])
     seconds: Any = training.get("crop_seconds") if isinstance(training, dict) else "?"
     if not (seconds is None or (type(seconds) in (int, float) and 0 < seconds < math.inf)):
@@ -320,10 +322,13 @@ def check_codec(info: dict[str, Any], codec: Any) -> None:
 
 
 def inherited(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """What a model trained from `source` inherits: `{model, licence}` of it and of what it was trained from itself."""
+    """What a model trained from `source` inherits: `{model, licence}` of it and of what it was trained from itself, and
+    the `data_version` that each has learned from, where that is known."""
     info = read_info(source)
-    own = [] if "imported_from" in info else [{"model": os.fspath(source), "licence": info.get("licence")}]
-    return [*own, *info.get("inherited", [])]
+    own = {"model": os.fspath(source), "licence": info.get("licence")}
+    if version := info.get("training", {}).get("data_version"):
+        own["data_version"] = version
+    return [*([] if "imported_from" in info else [own]), *info.get("inherited", [])]
 
 
 def non_commercial(licence: str | None) -> bool:

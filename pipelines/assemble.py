@@ -31,6 +31,7 @@ from pipelines import captions, shard, stages
 from pipelines.captions import CaptionConfig
 from pipelines.catalog import Row
 from pipelines.checks import Reject
+from pipelines.rights import PERPETUAL
 from pipelines.shard import Record, ShardSet
 from pipelines.store import Place, clear_disk_errors
 
@@ -127,8 +128,9 @@ def duplicates(facts: dict[str, dict[str, Any]]) -> dict[str, Reject]:
 
 
 def sounds(facts: dict[str, Any]) -> set[str]:
-    """SHA-256 of a recording's file and of its decoded sound, as far as they are known."""
-    return {*facts.get("sounds", ()), facts.get("source_sha256"), facts.get("pcm_sha256")} - {None}
+    """SHA-256 of a recording's file, of its decoded sound and of its stems' files, as far as they are known."""
+    stems = facts.get("stems", {}).get("sha256", {}).values()
+    return {*facts.get("sounds", ()), *stems, facts.get("source_sha256"), facts.get("pcm_sha256")} - {None}
 
 
 def taken_down(codes: dict[str, str], facts: dict[str, dict[str, Any]], tracks: Iterable[str]) -> dict[str, Reject]:
@@ -145,7 +147,9 @@ def taken_down(codes: dict[str, str], facts: dict[str, dict[str, Any]], tracks: 
     for track_id in tracks:
         other = next((barred[sha256] for sha256 in sorted(sounds(facts[track_id])) if sha256 in barred), None)
         if other is not None:
-            why = f"the same sound as track {other!r}, which is refused as {codes[other]}"
+            own = {facts[track_id].get("source_sha256"), facts[track_id].get("pcm_sha256")}
+            same = "the same sound as" if own & barred.keys() else "one of its stems is"
+            why = f"{same} track {other!r}, which is refused as {codes[other]}"
             found[track_id] = Reject("duplicate", codes[other], f"{why}; if that is wrong, mend the row of {other!r}")
     return found
 
@@ -215,6 +219,12 @@ def entry(row: Row, work_id: str, facts: dict[str, Any], group: str, config: Ass
     }
     name = f"shards/{split}-{bucket_of(track_id, config.buckets):05d}.tar"
     return Entry(track_id, work_id, split, name, meta, facts, shard.json_bytes(meta))
+
+
+def first_end(entries: Iterable[Entry]) -> str:
+    """The day on which the first of the tracks' terms ends, or `perpetual`."""
+    ends = {str(e.meta["rights"]["valid_until"]) for e in entries} - {PERPETUAL}
+    return min(ends, default=PERPETUAL)
 
 
 class Previous:

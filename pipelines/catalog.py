@@ -73,6 +73,7 @@ _KIND_WORDS = {
     "list": "a list",
     "any": "anything",
 }
+STATUS = ("active", "expired", "withdrawn")
 _ISRC = re.compile(r"[A-Z]{2}[A-Z0-9]{3}\d{7}")
 _LANGUAGE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
 
@@ -550,8 +551,10 @@ def _rights_problems(rights: dict[str, Any]) -> Iterable[str]:
             rights["isrc"] = isrc
         else:
             yield f"rights.isrc is {rights['isrc']!r}; expected 12 characters such as GBABC2400001"
-    if rights["status"] not in (None, "active", "expired", "withdrawn"):
-        yield f"rights.status is {rights['status']!r}; allowed: active, expired, withdrawn"
+    if rights["status"] is not None and (status := rights["status"].strip().casefold()) in STATUS:
+        rights["status"] = status
+    elif rights["status"] is not None:
+        yield f"rights.status is {rights['status']!r}; allowed: {', '.join(STATUS)}"
     digest = rights["licence_doc_sha256"]
     if digest is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
         yield "rights.licence_doc_sha256 is not 64 hexadecimal digits"

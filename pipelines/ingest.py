@@ -223,6 +223,8 @@ class Ingest:
         for row in self.catalog.rows:
             if row.problems:
                 self.rejects.append((row, Reject("catalogue", "invalid_row", "; ".join(row.problems)), None))
+                if row.track_id and row.values["uri"] and (code := rights.takes_down(row.rights)):
+                    self.taken_down[row.track_id] = row, code
                 continue
             problem = rights.admit(row.rights, self.config.rights, today)
             if problem is not None:
@@ -467,6 +469,7 @@ class Ingest:
             "settings": self.identity,
             "settings_hash": self.hash,
             "rights_day": self.config.rights.day().isoformat(),
+            "rights_until": assemble.first_end(entries),
             "catalogue": self.config.catalog,
             "processor": processor(),
             "counts": total,
@@ -497,6 +500,13 @@ class Ingest:
             table.add_row("starting Ray and its workers", f"{self.timing.start_seconds:.1f} s")
         table.add_row("data card", escape(str(self.root / "card" / "index.html")))
         console.print(table)
+        if unknown := sorted(self.taken_down.keys() - self.facts.keys()):
+            console.print(
+                f"[bold]note[/]: the sound of {escape(', '.join(unknown[:5]))}"
+                + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+                + " is not known (its file is gone and was never read here): it was taken down, but the same recording "
+                "in another row would not be recognised"
+            )
         if not total["tracks_by_split"]["train"]:
             console.print("[bold red]not usable for training[/]: no track is in the train split; see the rejects above")
         elif not total["tracks_by_split"]["valid"]:

@@ -9,6 +9,7 @@ What was taken down (`TAKEN_DOWN`) is refused as a recording: ingest lets its so
 from __future__ import annotations
 
 import datetime
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,15 @@ _KNOWN_LICENCE = re.compile(
     r"|(DocumentRef-[A-Za-z0-9.-]+:)?LicenseRef-[A-Za-z0-9.-]+)\+?",
     re.IGNORECASE,
 )
+_LICENSE_REF = re.compile(r"(?:.*:)?LicenseRef-(.*?)\+?", re.IGNORECASE)
+# An entry of a list that takes something away from the others: this gate reads none of them, and admits nothing then.
+_EXCEPTION = re.compile(
+    r"\s*[-!~^\u2212\u2013]|.*\b(except\w*|exclud\w*|excl|without|minus|not|ohne|außer|ausser|sauf|salvo)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+_NOT_GRANTED = re.compile(r"\s*non?\b", re.IGNORECASE)  # of grants alone: NO is Norway
+_REFUSED = re.compile(r"\b(refus|withdr|revok|den(y|ied)|declin|reject|disput|object)\w*", re.IGNORECASE)
+_GONE = ("withdrawn", "withdrawal", "revoked", "removed", "deleted", "takendown", "takedown", "optedout", "optout")
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,9 @@ def licence_problem(expression: str | None) -> str | None:
         elif token in ("AND", "OR") and not expect_id:
             expect_id = True
         elif expect_id and _KNOWN_LICENCE.fullmatch(token):
+            own = _LICENSE_REF.fullmatch(token)
+            if own and _says_nothing(own[1], _NO_LICENCE):
+                return f"licence {token!r} names no deal"
             expect_id = False
         elif expect_id and token not in ("AND", "OR", "WITH", ")"):
             return f"licence {token!r} is not a known SPDX identifier; private deals are named LicenseRef-…"
@@ -106,6 +119,18 @@ def covers(granted: Sequence[str], wanted: str) -> bool:
         return False
     members = have | (EU if "EU" in have else frozenset())
     return want in members or (want == "EU" and members >= EU)
+
+
+def takes_down(rights: dict[str, Any]) -> str | None:
+    """The reject code of a record that takes its recording down, however the rest of its row is written; else None.
+
+    A status that looks like one of those words counts: what is refused by mistake is mended in the catalogue, what is
+    let in again under another row may never be noticed.
+    """
+    status = re.sub(r"[\W_]+", "", str(rights.get("status") or "")).casefold()
+    if difflib.get_close_matches(status, _GONE, n=1, cutoff=0.75):
+        return "withdrawn"
+    return "opt_out" if rights.get("opt_out_signals") else None
 
 
 def admit(rights: dict[str, Any], config: RightsConfig, today: datetime.date) -> Reject | None:
@@ -138,7 +163,12 @@ def _faults(rights: dict[str, Any], config: RightsConfig, today: datetime.date) 
     consent = rights.get("consent_evidence")
     if _says_nothing(consent):
         yield "no_consent", "no evidence of consent is named" + (f" ({consent!r})" if consent else "")
-    grants = {str(g).strip().lower() for g in rights.get("grants") or []}
+    elif consent is not None and (said := _REFUSED.search(consent)):
+        yield "no_consent", f"the evidence of consent speaks of its opposite ({said[0]!r} in {consent!r})"
+    given = [str(g) for g in rights.get("grants") or []]
+    if odd := [g for g in given if _EXCEPTION.match(g) or _NOT_GRANTED.match(g)]:
+        yield "not_granted", f"the grants take something away ({odd[0]!r}); name what is granted alone"
+    grants = {g.strip().lower() for g in given}
     lacking = [p for p in config.purpose if p.strip().lower() not in grants]
     if lacking:
         yield "not_granted", f"not granted: {', '.join(lacking)} (granted: {', '.join(sorted(grants)) or 'nothing'})"
@@ -151,6 +181,8 @@ def _faults(rights: dict[str, Any], config: RightsConfig, today: datetime.date) 
     if status == "expired" or (end not in (None, PERPETUAL) and datetime.date.fromisoformat(str(end)) < today):
         yield "expired", f"the term ended on {end}" if status != "expired" else "status is expired"
     territory = rights.get("territory") or []
+    if odd := [t for t in territory if _EXCEPTION.match(t)]:
+        yield "territory", f"the territory names an exception ({odd[0]!r}); list the places that are covered instead"
     outside = [t for t in config.territory if not covers(territory, t)]
     if outside:
         yield "territory", f"not covered: {', '.join(outside)} (granted: {', '.join(territory) or 'nowhere'})"

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from musicgen.conditioning import CaptionTokenizer, Tokens, drop_words
 from musicgen.config import ConditionConfig
@@ -287,10 +288,22 @@ class Loader(DataLoader):
     agree: Callable[[UserError | None], UserError | None] | None = None
 
     def __iter__(self) -> Any:
-        batches = super().__iter__()
+        batches: Any = super().__iter__()
         workers = getattr(batches, "_workers", [])
         # At exit Python asks forgotten workers to leave by SIGTERM, which these ignore, and waits without end.
-        util.Finalize(batches, _kill, (workers,), exitpriority=0)
+        at_exit = util.Finalize(None, _kill, (workers,), exitpriority=0)
+        try:
+            yield from self._held(batches)
+        finally:
+            at_exit.cancel()
+            if workers and batches._worker_pids_set:
+                # While torch watches a worker, its end is an error in whatever the main thread does then.
+                signal_handling._remove_worker_pids(id(batches))
+                batches._worker_pids_set = False
+            _kill(workers)  # asked to leave, each takes seconds
+
+    def _held(self, batches: Any) -> Iterator[Batch]:
+        """The batches, of which some are held until they are needed."""
         held: deque[Batch] = deque()
         taken = 0
         while True:
@@ -330,7 +343,8 @@ def training_loader(stream: Stream, *, pin_memory: bool = False) -> Loader:
 
 def _kill(workers: list[Any]) -> None:
     for worker in workers:
-        worker.kill()
+        if worker.is_alive():
+            worker.kill()
 
 
 def _leave_signals(worker: int) -> None:

@@ -1,7 +1,8 @@
 """What a run came from, and what became of it: `runs/NAME/starts.jsonl`, a line per start and one per end.
 
 A start tells the step, the state of the code, the machine and the plan; an end tells why. A run whose last start has no
-end is still going on, where its process lives on this machine, or was killed. `training.runs` reads this.
+end is still going on, where its process lives on this machine, or was killed. `runs/NAME/tracks.parquet` holds the
+tracks that its crops are drawn from. `training.runs` reads both.
 """
 
 from __future__ import annotations
@@ -14,13 +15,22 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow as pa
+
+from musicgen import files
+from pipelines import shard, store
 from training import record
+
+if TYPE_CHECKING:
+    from training.sources import Sources
 
 log = logging.getLogger(__name__)
 
 FILE = "starts.jsonl"
+TRACKS = "tracks.parquet"
 HERE = Path(__file__).resolve().parent
 
 # What a line must hold to count as a start or an end.
@@ -46,6 +56,31 @@ def git_state(folder: Path = HERE) -> dict[str, Any]:
         }
     except (OSError, subprocess.SubprocessError):
         return {}
+
+
+def keep_tracks(folder: Path, shards: Sources) -> None:
+    """Write down, once, which tracks the crops of a run are drawn from: the data set itself changes with its catalogue.
+
+    Raises:
+        UserError: the disk does not take it.
+    """
+    place = folder / TRACKS
+    if place.is_file():
+        return
+    rows = {split: shards.rows(split) for split in ("train", "valid")}
+    columns = ("track_id", "key", "artist", "licence", "split")
+    table = shards.index.select(columns).take(pa.array(np.concatenate([*rows.values()])))
+    roots = [str(one.root) for one in shards.sets]
+    sets = pa.array([roots[int(shards.source[row])] for part in rows.values() for row in part], pa.string())
+    files.write_bytes(place, shard.table_bytes(table.append_column("set", sets)))
+
+
+def tracks_of(folder: Path) -> pa.Table | None:
+    """What `keep_tracks` wrote; None where there is none. Raises `OSError` or `ValueError` where it is damaged."""
+    try:
+        return store.parquet((folder / TRACKS).read_bytes())
+    except FileNotFoundError:
+        return None
 
 
 def _now() -> str:

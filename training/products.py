@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from musicgen import about, files
 from musicgen.errors import UserError
 from training import folder as folder_of
-from training import state
+from training import sources, state
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +56,7 @@ def release_info(
             "step": progress.step,
             "audio_seconds_seen": round(progress.audio_seconds_seen, 2),
             "data_version": shards.info["dataset_version"],
+            "data_licences": sources.licences(shards),
             "valid_loss": valid_loss,
             "crop_seconds": config.batch.crop_seconds,
             **({"init": config.init} if config.init else {}),

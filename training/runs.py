@@ -1,23 +1,27 @@
 """`make runs`: which runs there are, how they stand and what they came from, read from their folders alone.
 
-    python -m training.runs [--folder runs] [--run runs/NAME]
+    python -m training.runs [--folder runs] [--run runs/NAME] [--track ID]
 
 Every folder below with a training's config.yaml is a run. The table has one line each; `--run` tells all about one:
-every start with its code, ranks and plan, the data by source, and the chain of models it began from.
+every start with its code, ranks and plan, the data by source, and the chain of models it began from. `--track` tells
+which runs may have learned from a track, by themselves or through what they began from.
 
 Folders outlive crashes, full disks and hands: whatever cannot be read of one is said, and the others are listed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pyarrow.compute as pc
 
 from musicgen import settings, weights
 from musicgen.errors import UserError
@@ -39,10 +43,12 @@ class RunsConfig:
     Args:
         folder: where runs are looked for, at any depth.
         run: tell all about this one instead.
+        track: tell which of them may have learned from this track of the catalogue, by its id.
     """
 
     folder: str = "runs"
     run: str = ""
+    track: str = ""
 
 
 @dataclass(frozen=True)
@@ -197,8 +203,12 @@ def _code(git: dict[str, Any]) -> str:
     return (str(git["commit"])[:10] + ("+" if git.get("changed") else "")) if git.get("commit") else "?"
 
 
-def ancestors(source: str, depth: int = 8) -> list[str]:
-    """What a run began from, and what that was trained on, as lines; as far back as the folders are here."""
+def ancestors(source: str, identity: str = "", depth: int = 8) -> list[str]:
+    """What a run began from, and what that was trained on, as lines; as far back as the folders are here.
+
+    Args:
+        identity: SHA-256 of the weights that it began from, where that is known: another model may stand there now.
+    """
     lines: list[str] = []
     while source and depth:
         depth -= 1
@@ -209,11 +219,15 @@ def ancestors(source: str, depth: int = 8) -> list[str]:
             about = json.loads(file.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
             return [*lines, f"{source} (its config.json cannot be read: {_first_line(error)})"]
-        training = _part(about, "training")
+        training, there = _part(about, "training"), str(_part(about, "weights").get("sha256"))
+        if identity and identity != there:
+            return [*lines, f"{source} (there is another model now: {there[:12]}, it was {identity[:12]})"]
         version = str(training.get("data_version", ""))[:12] or "not stated"
         licence = about.get("licence", "?") if isinstance(about, dict) else "?"
         lines.append(f"{source}: {training.get('step', '?')} steps on data {version}, {licence}")
         source = str(training.get("init") or "")
+        began = _part(about, "began_from") or _part(about, "base")
+        identity = str(began.get("identity") or "")
     return lines
 
 
@@ -246,7 +260,9 @@ def describe(run: Run) -> str:
             f"text      {_identity(config, 'text_encoder')}",
             f"W&B       {config.get('wandb_run_id', '?')}",
         ]
-        out += [f"from      {line}" for line in ancestors(str(chosen.get("init") or ""))] or ["from      new weights"]
+        out += [f"from      {line}" for line in ancestors(str(chosen.get("init") or ""), _began(config))] or [
+            "from      new weights"
+        ]
     for event in run.events:
         if event["event"] == "start":
             out.append(
@@ -259,6 +275,12 @@ def describe(run: Run) -> str:
                 f"end       {event['at']} at step {event['step']}: {event['how']} {event.get('error', '')}".rstrip()
             )
     return "\n".join(_shown(line) for part in out for line in part.split("\n"))
+
+
+def _began(config: dict[str, Any]) -> str:
+    """SHA-256 of the weights that a run began from; empty where it does not say."""
+    told = _part(config, "base") or _part(_part(config, "origin"), "began_from")
+    return str(told.get("identity") or "")
 
 
 def _json(source: Any) -> str:
@@ -283,6 +305,47 @@ def table(rows: Sequence[tuple[str, ...]], width: int) -> tuple[Table, list[str]
     return drawn, left_out
 
 
+def learned_from(track: str, runs: Sequence[Run]) -> list[str]:
+    """Which runs may have learned from a track, as lines: those that draw from it, and those that began from these.
+
+    A run that began from a release which has been replaced or moved since is found by its path alone.
+    """
+    told, own = dict[Path, str](), list[str]()
+    for run in runs:
+        try:
+            table = lineage.tracks_of(run.folder)
+            found = None if table is None else table.filter(pc.equal(table["track_id"], track)).to_pylist()
+        except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are of these kinds
+            own.append(f"unknown   {run.folder}: {lineage.TRACKS} cannot be read: {_first_line(error)}")
+            continue
+        if found is None:
+            own.append(f"unknown   {run.folder}: keeps no list of its tracks; it began with an earlier version")
+        for row in found or []:
+            how = "trained on it" if row["split"] == "train" else "was validated on it"
+            about = f"{row['licence']}, from {row['set']}, data {str(run.config.get('dataset_version'))[:12]}"
+            told[run.folder] = f"{how} ({about}), {run.state} at step {run.step}"
+    while True:
+        heirs = {r.folder: found for r in runs if r.folder not in told and (found := _parent(r, told))}
+        if not heirs:
+            break
+        told |= {folder: f"began from {parent}" for folder, parent in heirs.items()}
+    return [f"run       {folder}: {how}" for folder, how in told.items()] + own
+
+
+def _parent(run: Run, among: Iterable[Path]) -> Path | None:
+    """The run that a run began from, by its weights or, where those are not there, by its path."""
+    init, identity = str(run.settings.get("init") or ""), _began(run.config)
+    for folder in among if init else ():
+        release = folder / "release"
+        if os.path.realpath(init) == os.path.realpath(release):
+            return folder
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            about = json.loads((release / "config.json").read_bytes())
+            if identity and _part(about, "weights").get("sha256") == identity:
+                return folder
+    return None
+
+
 def main(argv: Sequence[str]) -> int:
     """Print the table, or all about one run."""
     from rich.console import Console
@@ -296,6 +359,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     folder = Path(config.folder)
     runs = find(folder) if os.path.isdir(folder) else []
+    if config.track and runs:
+        told = learned_from(config.track, runs)
+        print("\n".join(_shown(line) for line in told) if told else f"no run in {folder} draws from {config.track!r}")
+        return 0
     if not runs:
         print(f"no runs in {folder}; `make train` makes one")
         return 0

@@ -12,6 +12,7 @@ shard stops a run in words, also in its middle, instead of training on it.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import hashlib
 import os
@@ -25,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from musicgen.errors import UserError
+from pipelines.rights import PERPETUAL
 from pipelines.shard import ShardSet
 from pipelines.store import Place, atomic_local, clear_disk_errors
 
@@ -171,6 +173,28 @@ class Sources:
         self._checked[row] = True
 
 
+def check_terms(sets: Sequence[ShardSet], today: datetime.date) -> None:
+    """Refuse to train on music whose term has ended since it was ingested.
+
+    Raises:
+        UserError: naming the set and what to do.
+    """
+    for one in sets:
+        until = one.info.get("rights_until", PERPETUAL)  # a set of an earlier version does not say
+        if until != PERPETUAL and str(until) < today.isoformat():
+            raise UserError(
+                f"DATA={str(one.root)!r} holds music whose term ended on {until} (ingested by the rights of "
+                f"{one.info.get('rights_day', 'an unknown day')}). Run the same `make ingest CATALOG=… OUT={one.root}` "
+                "again: it leaves out what has ended and takes a term that was renewed in the catalogue"
+            )
+
+
+def licences(shards: Sources) -> list[str]:
+    """The licences of the tracks that are trained on, each once."""
+    column = shards.index.column("licence").take(pa.array(shards.rows("train")))
+    return sorted({str(licence or "not stated") for licence in column.unique().to_pylist()})
+
+
 def version(sets: Sequence[ShardSet], shares: Sequence[float]) -> str:
     """Version of what is read: the set's own, or a hash over versions and shares of a mixture."""
     if len(sets) == 1:
@@ -188,10 +212,11 @@ def open_data(spec: str, cache: str = "", *, rank: int = 0) -> Sources:
         rank: process on this machine, so that the processes begin at different shards.
 
     Raises:
-        UserError: no finished data set, an altered shard, a store that does not answer, a full disk.
+        UserError: no finished data set, an altered shard, a store that does not answer, a full disk, a term that ended.
     """
     parts = parse(spec)
     sets = [_open(place, cache or CACHE, rank) for place, _ in parts]
+    check_terms(sets, datetime.datetime.now(datetime.UTC).date())
     return Sources(sets, [share for _, share in parts])
 
 

@@ -31,6 +31,7 @@ from training import (
     finetune,
     forecast,
     launch,
+    lineage,
     products,
     selection,
     sources,
@@ -140,6 +141,8 @@ def begin(config: TrainConfig, launched: Launched) -> Start:
     weights = initial_state(config.init, config.lm, shards.info["codec"], identity["text_encoder"]) if takes else None
     if run_id is None and is_zero:
         run_id = folder_of.make_run(config.run, identity)
+    if is_zero:
+        lineage.keep_tracks(folder, shards)
     release = products.Release(folder / "release", config, shards, base, origin)
     behind = before is not None and step > 0 and release.is_behind(before)
     unigram = data.unigram_loss(shards, config.batch).tolist()

@@ -67,7 +67,9 @@ class Parts:
         known = [item["licence"] for item in self.inherited]
         if known and self.licence in (None, *known):
             return self.inherited
-        return [{"model": self.source, "licence": self.licence}, *self.inherited]
+        version = self.training.get("data_version")
+        own = {"model": self.source, "licence": self.licence, **({"data_version": version} if version else {})}
+        return [own, *self.inherited]
 
 
 def codec_network(name: str) -> Any:

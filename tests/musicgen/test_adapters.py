@@ -128,6 +128,31 @@ def test_peft_reads_the_folder_by_itself(place: Path) -> None:
     torch.testing.assert_close(logits(theirs.get_base_model()), logits(whole), atol=1e-4, rtol=1e-4)
 
 
+def test_an_adapter_scaled_by_the_root_of_its_rank_is_merged_so(place: Path, tmp_path: Path) -> None:
+    """As peft trains with `use_rslora`: alpha / sqrt(r), here twice alpha / r."""
+    shutil.copytree(place / "mine", tmp_path / "theirs")
+    file = tmp_path / "theirs" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_rslora": True}))
+    base, plain, rooted = (
+        weights.load_release(folder, base=base)[0].state_dict()
+        for folder, base in (
+            (place / "base" / "release", ""),
+            (place / "mine", ""),
+            (tmp_path / "theirs", str(place / "base" / "release")),
+        )
+    )
+    key = "transformer.layers.1.linear1.weight"
+    torch.testing.assert_close(rooted[key] - base[key], 2 * (plain[key] - base[key]), atol=1e-6, rtol=1e-5)
+
+
+def test_to_load_an_adapter_spends_none_of_the_callers_random_numbers(place: Path) -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(())
+    torch.manual_seed(1)
+    weights.load_release(place / "mine")
+    assert torch.rand(()) == expected
+
+
 def test_the_folder_is_small_and_the_same_adapter_gives_the_same_bytes(place: Path, tmp_path: Path) -> None:
     names = ["adapter_config.json", "adapter_model.safetensors", "config.json"]
     assert sorted(p.name for p in (place / "mine").iterdir()) == names
@@ -176,12 +201,13 @@ def test_generate_takes_an_adapter_and_merge_makes_the_same_model(
     assert clips[0] == clips[1] != clips[2]
     info = weights.read_info(tmp_path / "whole")
     assert info["merged"]["base"]["name"] == str(place / "base" / "release")
-    assert info["inherited"] == [{"model": str(place / "base" / "release"), "licence": "Apache-2.0"}]
+    known = {"licence": "Apache-2.0", "data_version": "d1"}
+    assert info["inherited"] == [{"model": str(place / "base" / "release"), **known}]
     adapted, whole = (wav.read_marking(tmp_path / f"{name}.wav") for name in "ab")
     digest = weights.read_info(place / "base" / "release")["weights"]["sha256"]
     assert adapted["base"] == {"name": "release", "identity": digest, "licence": "Apache-2.0"}
     assert whole["merged"] == {"base": adapted["base"], "adapter": adapted["model"]["sha256"]}
-    assert adapted["inherited"] == whole["inherited"] == [{"model": "release", "licence": "Apache-2.0"}]
+    assert adapted["inherited"] == whole["inherited"] == [{"model": "release", **known}]
     assert "base" not in whole and not {"base", "merged", "inherited"} & wav.read_marking(tmp_path / "c.wav").keys()
     with pytest.raises(UserError, match="is a whole model already"):
         command.merge_model(command.MergeConfig(str(tmp_path / "whole"), str(tmp_path / "more")))
@@ -215,6 +241,7 @@ def test_the_base_is_found_where_it_moved_with_the_adapter_or_is_asked_for(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
+    monkeypatch.setenv("MUSICGEN_CACHE", str(tmp_path / "cache"))  # what this machine has imported is looked at as well
     write_adapter(place / "relative", "base/release")
     shutil.copytree(place / "base", tmp_path / "project" / "base")
     shutil.copytree(place / "relative", tmp_path / "project" / "deep" / "mine")

@@ -161,6 +161,28 @@ def test_identity_follows_the_weights(t5_folder: Path, tmp_path: Path) -> None:
     assert TextEncoder("changed", again.model, again.tokenizer).identity != first.identity
 
 
+def test_identity_follows_the_vocabulary(t5_folder: Path) -> None:
+    """The same weights behind words of other numbers hear other captions."""
+    first, other = (TextEncoder.load(str(t5_folder)) for _ in range(2))
+    other.tokenizer.add_tokens(["xylophone"])
+    assert first.identity != other.identity
+
+
+def test_an_encoder_hears_in_float32_whatever_the_training_computes_in(t5_folder: Path) -> None:
+    encoder = TextEncoder.load(str(t5_folder))
+    plain, _ = encoder.encode(["slow piano waltz"])
+    with torch.autocast("cpu", torch.bfloat16):
+        under, _ = encoder.encode(["slow piano waltz"])
+    assert torch.equal(plain, under)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, 8), (7, 8), (8, 8), (9, 16)])
+def test_captions_are_padded_up_to_a_multiple_with_what_nobody_hears(length: int, expected: int) -> None:
+    hidden, mask = conditioning.padded(torch.ones(2, length, 3), torch.ones(2, length, dtype=torch.bool), 8)
+    assert hidden.shape == (2, expected, 3) and mask.shape == (2, expected)
+    assert mask[:, :length].all() and not mask[:, length:].any() and not hidden[:, length:].any()
+
+
 def test_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
 

@@ -72,6 +72,8 @@ def test_float16_is_half_the_size_and_upcast_at_load(lm: MusicLM, tmp_path: Path
         ("training", {"crop_seconds": -5}, "its crop_seconds a length"),
         ("weights", "x", "weights must be a mapping"),
         ("inherited", [{}], "inherited must list"),
+        ("codec", {"name": "a", "identity": "b", "folder": "/etc"}, "codec may lie in the folder 'codec' alone"),
+        ("text_encoder", {"name": "a", "identity": "b", "folder": "../x"}, "text_encoder may lie in the folder"),
     ],
 )
 def test_a_damaged_description_is_named(part: str, value: object, words: str, lm: MusicLM, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ from pipelines.assemble import SplitConfig
 from pipelines.shard import ShardSet
 from pipelines.store import Place
 from tests.pipelines.conftest import TODAY, digests, rights, row, tone, wav, write_rows
+from training import sources as training_sources
 
 COMMON = [f"--run.{name}=1" for name in ("codec_actors", "workers")]
 COMMON += ["--codec=tiny", "--analysis=builtin", "--buckets=2", f"--rights.today={TODAY}"]
@@ -406,7 +408,12 @@ def test_a_later_day_turns_a_track_off(local_ray: str, tmp_path: Path) -> None:
     rows[2]["rights"]["valid_until"] = "2026-11-30"
     catalogue = write_rows(tmp_path, rows)
     assert run(catalogue, tmp_path / "out") == 0 and rejects(tmp_path / "out") == {}
+    before = [ShardSet.open(str(tmp_path / "out"))]
+    training_sources.check_terms(before, datetime.date(2026, 11, 30))
+    with pytest.raises(UserError, match=r"holds music whose term ended on 2026-11-30 .*make ingest"):
+        training_sources.check_terms(before, datetime.date(2026, 12, 1))
     assert run(catalogue, tmp_path / "out", "--rights.today", "2026-12-01") == 0
+    training_sources.check_terms([ShardSet.open(str(tmp_path / "out"))], datetime.date(2026, 12, 1))
     assert rejects(tmp_path / "out") == {"t002": "expired"}
     assert b"Piece 2" not in b"".join(p.read_bytes() for p in (tmp_path / "out/shards").iterdir())
 
@@ -443,6 +450,12 @@ def test_what_was_taken_down_stays_out_under_other_rows(
     assert len(json.loads(sources["t002"])["sounds"]) == 4  # file and sound, of before and of now
     file.write_bytes(data)
 
+    # however the row is written that takes it down, and whatever else is wrong in it
+    for changes in ({"status": "Withdrawn"}, {"status": "taken down"}, {"status": "withdrawn", "isrc": "?"}):
+        found = ingest(out, **changes)
+        assert found["t002"] in ("withdrawn", "invalid_row") and found["twin_a"] == found["twin_b"] == "withdrawn"
+    assert ingest(out, status="withdrawn") == withdrawn
+
     # in a first run by the file; the sets are the same
     once = tmp_path / "once"
     assert ingest(once, opt_out_signals=["robots.txt"]) == dict.fromkeys(withdrawn, "opt_out")
@@ -454,6 +467,29 @@ def test_what_was_taken_down_stays_out_under_other_rows(
     assert ingest(out, status="expired") == {"t002": "expired", "twin_b": "duplicate"}
     assert ingest(out) == {"twin_a": "duplicate", "twin_b": "duplicate"}
     assert len(ShardSet.open(str(out))) == 4
+
+
+def test_what_was_taken_down_is_no_stem_and_an_unknown_sound_is_told(
+    local_ray: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row(i, artist=f"A{i}") for i in range(3)]
+    write_rows(tmp_path, rows)
+    for r in rows:  # each is its own lead
+        lead = f"audio/lead-{r['track_id']}.wav"
+        (tmp_path / lead).write_bytes((tmp_path / r["uri"]).read_bytes())
+        r["stems"] = {"lead": lead}
+    (tmp_path / "audio" / "lead.wav").write_bytes(wav(0.9 * tone(1)))
+    rows[1]["stems"]["lead"] = "audio/lead.wav"
+    rows += [row(7, track_id="gone", uri="audio/lead.wav", rights=rights(status="withdrawn"))]
+    catalogue = write_rows(tmp_path, rows, audio=False)
+    assert run(catalogue, out := tmp_path / "out", "--melody_stems", "true") == 0
+    assert rejects(out) == {"gone": "withdrawn", "t001": "withdrawn"}
+    (tmp_path / "audio" / "lead.wav").unlink()
+    capsys.readouterr()
+    for r in rows:
+        r.pop("stems", None)
+    assert run(write_rows(tmp_path, rows, audio=False), tmp_path / "new") == 0
+    assert "the sound of gone is not known" in " ".join(capsys.readouterr().out.split())
 
 
 def child(catalogue: str, out: Path, address: str) -> subprocess.Popen:

@@ -9,7 +9,7 @@ import pytest
 from musicgen import settings
 from pipelines import catalog
 from pipelines.ingest import IngestConfig
-from pipelines.rights import RightsConfig, admit, covers, licence_problem
+from pipelines.rights import RightsConfig, admit, covers, licence_problem, takes_down
 from tests.pipelines.conftest import TODAY, rights, row
 
 DAY = datetime.date.fromisoformat(TODAY)
@@ -57,10 +57,37 @@ def code(config: RightsConfig | None = None, **changes: object) -> str | None:
         ({"territory": ["DE", "FR"]}, "territory"),
         ({"opt_out_signals": [{"what": "noai", "where": "page"}]}, "opt_out"),
         ({"licence": None, "status": "withdrawn"}, "withdrawn"),
+        ({"status": " Withdrawn"}, "withdrawn"),
+        ({"status": "ACTIVE"}, None),
+        ({"territory": ["WORLD", "-US"]}, "territory"),
+        ({"territory": ["WORLD", "except US"]}, "territory"),
+        ({"territory": ["WORLD", "NO"]}, None),  # Norway
+        ({"grants": ["train", "-train"]}, "not_granted"),
+        ({"grants": ["train", "no train"]}, "not_granted"),
+        ({"grants": ["train", "not for training"]}, "not_granted"),
+        ({"consent_evidence": "refused"}, "no_consent"),
+        ({"consent_evidence": "consent withdrawn 2025-01-01"}, "no_consent"),
+        ({"consent_evidence": "signed contract 12/2024"}, None),
     ],
 )
 def test_gate(changes: dict, expected: str | None) -> None:
     assert code(**changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"status": "withdrwan"}, "withdrawn"),
+        ({"status": "taken down"}, "withdrawn"),
+        ({"status": "opted-out"}, "withdrawn"),
+        ({"status": "activ"}, None),
+        ({"status": "expried"}, None),
+        ({"status": None}, None),
+        ({"opt_out_signals": ["noai"]}, "opt_out"),
+    ],
+)
+def test_what_takes_a_recording_down_however_it_is_written(record: dict, expected: str | None) -> None:
+    assert takes_down(record) == expected
 
 
 def test_every_fault_is_in_the_message() -> None:
@@ -96,7 +123,21 @@ def test_licences_that_are_recognised(licence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "licence", ["", "CC-BY", "MIT Apache-2.0", "(MIT", "MIT)", "OR MIT", "LicenseRef-", "MIT AND OR MIT"]
+    "licence",
+    [
+        "",
+        "CC-BY",
+        "MIT Apache-2.0",
+        "(MIT",
+        "MIT)",
+        "OR MIT",
+        "LicenseRef-",
+        "MIT AND OR MIT",
+        "LicenseRef-NOASSERTION",
+        "LicenseRef-none",
+        "MIT AND LicenseRef-TBD",
+        "DocumentRef-x:LicenseRef-unknown",
+    ],
 )
 def test_licences_that_are_not(licence: str) -> None:
     assert licence_problem(licence)

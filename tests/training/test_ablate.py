@@ -97,3 +97,12 @@ def test_the_papers_rows_are_patterns_of_ours() -> None:
         assert abs(columns - row[0]) <= 4, name
     with pytest.raises(ValueError, match="unknown pattern 'diagonal'"):
         ablate.AblateConfig(patterns=("diagonal",))
+
+
+def test_a_shorter_training_for_equal_compute_is_not_all_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablate, "_train", lambda config: {"pattern": config.lm.pattern, "config": config})
+    chosen = ablate.AblateConfig(patterns=("delay", "flattening"))
+    found = ablate.run_all(chosen, ["--data", "x", "--steps", "1000", "--optim.warmup_steps", "400"])
+    whole, shorter = (found[table][1]["config"] for table in ("updates", "compute"))
+    assert (whole.steps, whole.optim.warmup_steps) == (1000, 400)
+    assert shorter.steps < 400 and shorter.optim.warmup_steps == shorter.steps // 10

@@ -60,6 +60,13 @@ def test_frames_are_lost_and_change_places(shards: ShardSet) -> None:
     assert torch.equal(controls.melodies(shards, items(4, valid=True), 0.0, worse), clean[:4]), "not in validation"
 
 
+def test_what_is_kept_is_made_worse_apart_from_what_is_dropped(shards: ShardSet) -> None:
+    worse = controls.melodies(shards, items(1000), 0.5, AugmentConfig(frame_jitter=0.5))
+    kept = worse[(worse != NONE).any(dim=1)]
+    assert 400 < len(kept) < 600
+    assert float((kept[:, 0] != 0).float().mean()) == pytest.approx(0.25, abs=0.06)  # the second frame in its place
+
+
 def test_variants_are_heard_as_often_as_asked(shards: ShardSet) -> None:
     first = controls.melodies(shards, items(1000), 0.0, AugmentConfig(variants=0.6))[:, 5]
     shares = [float((first == value).float().mean()) for value in (5, 0, 2)]

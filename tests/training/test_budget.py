@@ -16,10 +16,10 @@ from musicgen.adapters import AdapterConfig
 from musicgen.config import LMConfig, size
 from musicgen.errors import UserError
 from musicgen.lm import MusicLM
-from training import budget, devices, forecast, start
+from training import budget, devices, forecast, start, train
 from training.budget import Task, choose
-from training.config import read_config
-from training.devices import DEVICES
+from training.config import read_config, task_of
+from training.devices import DEVICES, Device
 
 FRAMES = 1500
 
@@ -266,7 +266,9 @@ def test_time_and_days() -> None:
     plan = choose(task("300m"), DEVICES["h200"], 1)
     assert plan.compute_seconds(0.4 * 989e12) == pytest.approx(1.75, rel=0.01)  # 192 clips at 40 % of the peak
     text = "\n".join(forecast.lines(plan, name="300m", rate=0.4 * 989e12, rate_said="an MFU of 40%"))
-    assert "1,000,000 steps take 20.3 days" in text and budget.FLOP_RULE in text
+    assert "1,000,000 steps take 20.3 days, 20 GPU-days" in text and budget.FLOP_RULE in text
+    eight = forecast.lines(choose(task("300m"), DEVICES["h200"], 8), name="300m", rate=0.4 * 989e12, rate_said="")
+    assert "1,000,000 steps take 2.5 days, 20 GPU-days" in "\n".join(eight)
 
 
 def test_the_share_of_the_peak_is_a_measured_one_unless_given(capsys: pytest.CaptureFixture[str]) -> None:
@@ -428,3 +430,39 @@ def test_make_plan(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_refused(argv: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         forecast.main(argv)
+
+
+def test_states_are_written_beside_the_training_where_a_copy_has_room() -> None:
+    config = read_config(["--size", "300m", "--hardware.accelerator", "cpu"], folders=False)
+    plan = budget.choose(task_of(config), Device("cpu", 1e12, None), 1)
+    copy = 4.0 * 4 * plan.task.trained  # weights, average and two moments
+    for room, expected in ((1.001, True), (0.999, False)):
+        memory = room * (plan.needed + copy) / budget.USABLE
+        least = dataclasses.replace(plan, device=dataclasses.replace(plan.device, memory=memory))
+        assert train._in_background(config, least) is expected
+        for said in ("on", "off"):
+            asked = dataclasses.replace(config, log=dataclasses.replace(config.log, state_background=said))  # type: ignore[arg-type]
+            assert train._in_background(asked, least) is (said == "on")
+
+
+def test_every_part_of_a_step_goes_round_the_rings_again() -> None:
+    whole, parts = (choose(task(), DEVICES["h100-80"], 64, nodes=8, strategy="fsdp", accumulate=n) for n in (1, 3))
+    assert parts.hop_seconds() == pytest.approx(3 * whole.hop_seconds()) and whole.hop_seconds() > 0
+    assert parts.communication_seconds() == pytest.approx(3 * whole.communication_seconds())
+
+
+def test_an_adapters_step_is_two_thirds_of_the_flop() -> None:
+    adapter = task(lora=AdapterConfig(rank=16))
+    assert adapter.clip_flop == pytest.approx(task().clip_flop * 2 / 3)
+
+
+def test_the_memory_is_that_of_the_container_where_it_is_less_and_shared_by_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(devices, "Path", lambda _: limit)
+    machine = devices.host_memory()  # no file
+    for said, expected in ((str(2**20), 2**20), (str(2**63), machine), ("max", machine)):
+        limit.write_text(said)
+        assert devices.host_memory() == expected
+    assert devices.device_here(4, False).memory == machine / 4

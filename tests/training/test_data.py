@@ -1,12 +1,16 @@
 """From real shards to batches: padding, captions, drop-outs, workers, and data sets that do not fit."""
 
 import dataclasses
+import gc
+import multiprocessing
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -14,7 +18,7 @@ from musicgen.conditioning import TextEncoder
 from musicgen.errors import UserError
 from pipelines.shard import ShardSet
 from tests.training.synthetic import STYLES, write_dataset
-from training import data, plan
+from training import data, loss, plan
 from training.data import BatchConfig
 
 
@@ -73,6 +77,23 @@ def test_workers_read_the_same_in_the_same_order(shards: ShardSet, workers: int,
         assert a.texts == [text for b in found for text in b.texts]
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("in_a_cycle", [False, True])
+def test_workers_of_forgotten_batches_leave_without_a_word(shards: ShardSet, in_a_cycle: bool) -> None:
+    """Killed while torch watches them, they raise an error in whatever the main thread does then."""
+    batches: Any = iter(data.training_loader(stream(shards, BatchConfig(crop_seconds=1.0, size=8, workers=2))))
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    box: list[Any] = [batches]
+    if in_a_cycle:
+        box.append(box)
+    del batches, box
+    gc.collect()
+    time.sleep(0.2)  # the signal of their end has come
+    assert not multiprocessing.active_children()
+
+
 def test_workers_make_the_tokens_that_the_encoder_would(shards: ShardSet) -> None:
     encoder = TextEncoder.load("minilm")
     config = BatchConfig(crop_seconds=4.0, size=32, workers=1)
@@ -110,6 +131,23 @@ def test_validation_hears_the_raw_description(shards: ShardSet) -> None:
     assert len({len(batches) for batches in by_rank}) == 1  # sharded ranks compute in step
 
 
+def test_the_unigram_is_scored_on_the_crops_of_the_validation(shards: ShardSet) -> None:
+    known = loss.token_counts((shards.codes(int(row)) for row in shards.rows("train")), 4, 64)
+    crops = [c[:, v].numpy() for b in data.validation_batches(shards, CONFIG) for c, v in zip(b.codes, b.valid)]
+    expected = loss.unigram_loss(known, loss.token_counts(crops, 4, 64))
+    assert data.unigram_loss(shards, CONFIG) == pytest.approx(expected)
+    assert expected != pytest.approx(loss.unigram_loss(known, known), abs=1e-3)
+
+
+def test_tracks_without_a_frame_or_of_weight_0_are_left_out(tmp_path: Path) -> None:
+    shards = ShardSet.open(str(write_dataset(tmp_path / "set", tracks=6, valid=0, size=64)))
+    for column, kind in (("frames", pa.int64()), ("weight", pa.float64())):
+        place, values = shards.index.column_names.index(column), shards.index.column(column).to_pylist()
+        values[shards.rows("train")[0 if column == "frames" else 1]] = 0
+        shards.index = shards.index.set_column(place, column, pa.array(values, kind))
+    assert data.tracks_of(shards, "train").rows.tolist() == shards.rows("train")[2:].tolist()
+
+
 def test_raw_text_and_training_text_without_captions() -> None:
     item = plan.Item(0, 0, 0, 0, 10, caption=0.99, keep_condition=True, words=(1, 2))
     assert data.training_text({}, item, 0.3) is None and data.raw_text({}) is None
@@ -128,6 +166,8 @@ def test_data_sets_that_do_not_fit(shards: ShardSet, tmp_path: Path) -> None:
         check(codebook_size=2048)
     with pytest.raises(UserError, match=r"batch\.size 8 must be a multiple of 3 processes"):
         check(world=3)
+    with pytest.raises(UserError, match=r"batch\.size 8 must be a multiple of 2 processes x batch\.accumulate 3"):
+        data.check(shards, dataclasses.replace(CONFIG, accumulate=3), world=2, num_codebooks=4, codebook_size=64)
     empty = ShardSet.open(str(write_dataset(tmp_path / "set", tracks=2, valid=2, size=64)))
     with pytest.raises(UserError, match="no training tracks"):
         data.check(empty, CONFIG, world=1, num_codebooks=4, codebook_size=64)
@@ -137,6 +177,21 @@ def test_data_sets_that_do_not_fit(shards: ShardSet, tmp_path: Path) -> None:
 def test_nonsense_is_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match=f"batch.{next(iter(bad))}"):
         BatchConfig(**bad)
+
+
+def test_no_batch_is_fetched_that_the_run_will_not_take(shards: ShardSet) -> None:
+    """What cannot be read after the last step stops nobody before it."""
+
+    class Ending(data.Stream):
+        def batch(self, step: int, part: int) -> data.Batch:
+            if step >= 3:
+                raise UserError("withdrawn")
+            return super().batch(step, part)
+
+    loader = data.training_loader(Ending(shards, CONFIG, seed=5))
+    loader.ahead, loader.needed = 2, 3
+    batches = iter(loader)
+    assert [next(batches).step for _ in range(3)] == [0, 1, 2] and loader.failed is None
 
 
 def test_a_process_that_forgets_its_loader_ends(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from tests.training import tiny_run
 from tests.training.small_run import SMALL, fill_disk, same, tensors
 from tests.training.synthetic import STYLES, write_dataset
 from tests.training.tiny_run import curves as rows
-from training import budget, devices, finetune, finetune_check, forecast, rerecord, selection, sources, train
+from training import budget, devices, finetune, finetune_check, forecast, products, rerecord, selection, sources, train
 from training.config import CONFIGS, read_config, task_of
+from training.optim import trained
 from training.selection import Selection
 
 LORA = shlex.split(
@@ -77,7 +78,8 @@ def test_only_the_adapter_is_trained_kept_and_released(place: Path) -> None:
     base = weights.read_info(place / "base" / "release")
     name = str(place / "base" / "release")
     assert info["base"] == {"name": name, "identity": base["weights"]["sha256"], "licence": "not stated"}
-    assert info["inherited"] == [{"model": name, "licence": "not stated"}]
+    version = base["training"]["data_version"]
+    assert info["inherited"] == [{"model": name, "licence": "not stated", "data_version": version}]
     lm, _ = weights.load_release(place / "whole" / "release")
     best = tensors(place / "whole", info["training"]["step"])
     stem = "ema/transformer.layers.1.linear1.lora_"
@@ -115,6 +117,16 @@ def test_an_adapter_waits_for_room(place: Path, monkeypatch: pytest.MonkeyPatch)
     assert (run / file).read_bytes() == (place / "whole" / file).read_bytes()
 
 
+def test_the_adapter_in_training_has_its_own_weights_again_after_a_release_that_waited(place: Path) -> None:
+    lm, _ = weights.load_release(place / "base" / "release")
+    adapters.attach(lm, adapters.AdapterConfig(rank=2))
+    own = {name: p.detach().clone() for name, p in trained(lm).items()}
+    with pytest.raises(OSError), products._model_of(lm, {name: p + 1 for name, p in own.items()}) as waited:
+        assert all(torch.equal(p, own[name] + 1) for name, p in trained(waited).items())
+        raise OSError
+    assert all(torch.equal(p, own[name]) for name, p in trained(lm).items())
+
+
 @pytest.mark.slow
 def test_an_adapter_killed_and_resumed_equals_all_at_once(place: Path) -> None:
     run, init = place / "killed", ["--init", str(place / "base" / "release")]
@@ -148,11 +160,8 @@ def test_a_fine_tuning_goes_on_without_the_model_it_began_from(place: Path, tmp_
     shutil.rmtree(tmp_path / "base")
     go(place, "whole model", *init)
     info = weights.read_info(place / "whole model" / "release")
-    assert (
-        info["inherited"]
-        == stored["origin"]["inherited"]
-        == [{"model": str(tmp_path / "base"), "licence": "not stated"}]
-    )
+    assert info["inherited"] == stored["origin"]["inherited"]
+    assert [inherited["model"] for inherited in info["inherited"]] == [str(tmp_path / "base")]
     for run, more, words in (
         ("adapter", ["--lora.rank", "4"], "the model that this run trains an adapter of, is needed and cannot be"),
         ("new", [], r"INIT='.*base', the model to begin from, cannot be read: .*does not exist"),
@@ -180,7 +189,8 @@ def test_a_fine_tuning_follows_the_model_it_began_from(place: Path, tmp_path: Pa
             "identity": base["weights"]["sha256"],
             "licence": "not stated",
         }
-        assert info["inherited"] == [{"model": str(tmp_path / "base"), "licence": "not stated"}]
+        [inherited] = info["inherited"]
+        assert (inherited["model"], inherited["licence"]) == (str(tmp_path / "base"), "not stated")
     lm, about = weights.load_release(tmp_path / "moved")
     with torch.no_grad():
         lm.out_norm.weight.add_(1.0)
@@ -269,6 +279,8 @@ def test_a_part_of_the_data_is_chosen(place: Path) -> None:
     assert 0.25 < share < 0.55
     alone = chosen(artists=("artist 3",), hold_out=0.3)  # one work: it stays to train on
     assert len(alone.rows("train")) == 1 and len(alone.rows("valid")) == 0
+    both = chosen(artists=("artist 1", "artist 2"), genres=(STYLES[1],))  # these artists, in this style alone
+    assert [whole.index.column("artist")[int(row)].as_py() for row in both.rows("train")] == ["artist 1"]
 
 
 def test_a_selection_of_nothing_is_refused(place: Path) -> None:

@@ -153,6 +153,22 @@ def test_a_run_follows_its_codec_and_keeps_the_rest(run: Path) -> None:
         resume(run, other)
 
 
+def test_a_run_keeps_its_text_encoder(run: Path) -> None:
+    resume(run, IDENTITY | {"text_encoder": {"name": "/moved/hash", "identity": "e" * 64}})
+    with pytest.raises(UserError, match=r"trained with text encoder 'hash' \(identity eee.*now there is 'hash' \(iden"):
+        resume(run, IDENTITY | {"text_encoder": {"name": "hash", "identity": "f" * 64}})
+
+
+@pytest.mark.parametrize("name", ["steps", "optim.lr", "lm.dim", "batch.size", "seed"])
+def test_what_changes_the_learning_is_fixed_and_what_does_not_is_free(run: Path, name: str) -> None:
+    given: dict[str, Any] = {name.split(".")[-1]: 77}
+    for part in reversed(name.split(".")[:-1]):
+        given = {part: given}
+    with pytest.raises(UserError, match=rf"other settings:\n  {name}: the run has .*, given 77\nGive"):
+        resume(run, wanted(**given))
+    resume(run, wanted(stop_at=5, licence="CC0-1.0", hardware={"devices": 2}, log={"every": 1}, ray={"cpus": 2}))
+
+
 @pytest.mark.parametrize("known", [{"base": BEGAN}, {"origin": ORIGIN}])
 def test_a_run_follows_the_model_that_it_began_from(tmp_path: Path, known: dict[str, Any]) -> None:
     run, moved = tmp_path / "run", {**BEGAN, "name": "moved/release"}

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from musicgen import generate, weights
+from musicgen.conditioning import TextEncoder
 from musicgen.errors import UserError
-from tests.training.small_run import fill_disk, go, same, tensors
+from tests.training.small_run import SMALL, fill_disk, go, same, tensors
 from tests.training.tiny_run import curves as metrics
-from training import folder, lineage, module, record, state
+from training import folder, lineage, module, products, record, sources, state
+from training.config import read_config
 from training.module import NonFiniteLoss
 
 pytestmark = pytest.mark.usefixtures("no_wandb")
@@ -193,3 +195,17 @@ def test_a_full_disk_does_not_hide_what_ended_a_run(
     with pytest.raises(NonFiniteLoss, match="the true error"):
         go(data, run)
     assert "the end of the run is not in it" in caplog.text
+
+
+def test_a_release_that_waited_says_of_which_step_it_is(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read_config(["--size", "demo", "--data", str(data), "--run", str(tmp_path), *SMALL])
+    release = products.Release(tmp_path / "release", config, sources.open_data(str(data)), {}, {})
+    (lm, _), encoder, progress = weights.load_release(whole / "release"), TextEncoder.load("minilm"), state.Progress(3)
+    fill_disk(monkeypatch, weights, "write_folder", [True])
+    release.write(lm.requires_grad_(True), encoder, progress, 1.5)
+    progress.step = 9  # the training has gone on
+    release.again(lm, encoder)
+    told = weights.read_info(tmp_path / "release")["training"]
+    assert release.waiting is None and (told["step"], told["valid_loss"]) == (3, 1.5)

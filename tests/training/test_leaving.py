@@ -7,17 +7,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import pytorch_lightning as pl
 
 from musicgen.errors import UserError
 from pipelines.shard import ShardSet
 from tests.training.small_run import go, same, tensors
 from tests.training.tiny_run import curves as metrics
 from tests.training.tiny_run import last_step
+from training import callbacks, launch, lineage, module, record, start, state, strategy, watch
 from training import data as reading
-from training import launch, lineage, module, record, start, state, strategy
 
 pytestmark = pytest.mark.usefixtures("no_wandb")
 
@@ -177,3 +179,25 @@ def test_a_signal_before_the_first_step_asks_to_be_run_again(
         assert capfd.readouterr().out.count("left      asked by SIGTERM outside the steps: nothing is lost") == 1
     assert lineage.read(tmp_path / "prepare")[-1]["how"] == "left"
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_of_its_own_counts_where_others_reach_it_from_elsewhere(tmp_path: Path) -> None:
+    """As a worker of Ray, which is taken away by its machine while the command was asked for nothing."""
+    loader, one = SimpleNamespace(failed=None), cast(pl.Trainer, SimpleNamespace(world_size=1))
+    states = callbacks.States(
+        tmp_path, callbacks.LogConfig(), 9, watch.Stopwatch(), loader, background=False, elsewhere=lambda: 0
+    )
+    assert not states._all_agree(one)
+    states._ask(signal.SIGTERM, None)
+    assert states._all_agree(one) and states.asked == signal.SIGTERM
+
+
+def test_ctrl_c_is_not_for_a_training_in_the_background() -> None:
+    """A shell has it ignored there, and the terminal's Ctrl-C is meant for what runs in front."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert launch.heard() == [*launch.SIGNALS]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        assert launch.heard() == [*launch.SIGNALS, signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -64,6 +64,30 @@ def test_no_gradient_outlasts_its_step(shards: ShardSet, encoder: TextEncoder, m
     assert not any(torch.equal(p, old) for p, old in zip(module.parameters(), before) if p.ndim > 1)
 
 
+def test_every_part_of_every_step_draws_its_own_dropout(
+    shards: ShardSet, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its address: what was drawn before, as by another process until a resume, changes nothing."""
+    shape = dataclasses.replace(SHAPE, dropout=0.1)
+    run = TrainConfig(lm=shape, batch=BATCH, hardware=HARDWARE, steps=3)
+    plan = budget.choose(task_of(run), devices.device_here(1, False), 1, **layout_settings(run))
+    drawn: list[list[float]] = []
+    for before in (0, 1):
+        module = module_of(encoder, shape)
+        numbers, score = [], module.score
+
+        def watched(batch: data.Batch, numbers: Any = numbers, score: Any = score) -> Any:
+            numbers.append(float(torch.rand(())))
+            return score(batch)
+
+        monkeypatch.setattr(module, "score", watched)
+        trainer = strategy.build_trainer(HARDWARE, plan, steps=3, callbacks=[], launched=launch.here())
+        torch.manual_seed(before)
+        trainer.fit(module, train_dataloaders=data.training_loader(data.Stream(shards, BATCH, seed=1)))
+        drawn.append(numbers)
+    assert len(set(drawn[0])) == 6 and drawn[0] == drawn[1]
+
+
 def test_parts_say_where_a_step_is(shards: ShardSet, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the mirrors of shards, which sum at the last part, and to the account of what the ranks wait for."""
     said: list[Any] = []

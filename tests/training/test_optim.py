@@ -47,6 +47,15 @@ def test_adamw_updates_all_tensors_in_one_kernel() -> None:
     assert type(optimizer) is torch.optim.AdamW and [group["fused"] for group in optimizer.param_groups] == [True]
 
 
+@pytest.mark.parametrize("name", ["adamw", "dadapt", "prodigy"])
+def test_the_optimiser_is_that_of_the_settings(name: Any) -> None:
+    config = OptimConfig(name=name, lr=0.5, beta1=0.8, beta2=0.7, eps=1e-3, weight_decay=0.3)
+    [group] = optim.build_optimizer(torch.nn.Linear(2, 2).parameters(), config).param_groups
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.5, (0.8, 0.7), 1e-3, 0.3)
+    assert name == "adamw" or group["decouple"]
+    assert name != "prodigy" or group["safeguard_warmup"]  # else the warm-up would make the found rate too large
+
+
 def test_average_is_bias_corrected() -> None:
     model = torch.nn.Linear(3, 2)
     ema = EMA(model, 0.9)
@@ -161,6 +170,17 @@ def test_states_are_kept_and_whole(tmp_path: Path) -> None:
     other = torch.nn.Sequential(torch.nn.Linear(5, 4))
     with pytest.raises(UserError, match="cannot be read"):  # a state of another shape
         state.load(tmp_path, 6, other, EMA(other, 0.9))
+
+
+def test_a_state_takes_the_place_of_what_is_left_of_an_old_one(tmp_path: Path) -> None:
+    model, optimizer, ema = fresh()
+    trained(3, model, optimizer, ema)
+    (tmp_path / "step-3").mkdir()
+    (tmp_path / "step-3" / "shard.safetensors").write_bytes(b"without a state.json")
+    saver = state.Saver(tmp_path)
+    saver.save(model, ema, optimizer, state.Progress(step=3))
+    assert saver.ended() is None and state.steps_in(tmp_path) == [3]
+    state.load(tmp_path, 3, model, ema)
 
 
 @pytest.mark.parametrize("background", [True, False])

@@ -47,6 +47,12 @@ def test_items_depend_on_seed_step_and_index_alone() -> None:
     assert len({(i.row, i.start) for i in first}) > 5
 
 
+def test_every_item_of_every_step_has_draws_of_its_own() -> None:
+    """Words, melody, attributes and excerpt are dropped by this seed: none may come back at the next step."""
+    items = [item for step in (7, 8) for item in plan.batch(step, 1, tracks([3000]), plan.CropRule(500), size=8)[0]]
+    assert len({item.words[:-1] for item in items}) == len(items) == 16
+
+
 def test_draws_are_spread_as_stated() -> None:
     set_ = tracks([1000, 3000, 3000], [1.0, 1.0, 2.0])
     for by, expected in (("tracks", [0.25, 0.25, 0.5]), ("seconds", [0.1, 0.3, 0.6])):

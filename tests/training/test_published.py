@@ -10,10 +10,10 @@ import pytest
 
 from musicgen import generate, settings, weights
 from musicgen.sampling import SamplingConfig
+from musicgen.settings import flat
 from tests.musicgen.test_interop import foreign, hub, tokenizer  # noqa: F401
 from tests.training.synthetic import write_dataset
 from training import record, train
-from training.folder import flat
 
 NAME = "facebook/musicgen-small"
 

@@ -12,6 +12,8 @@ import yaml
 
 from musicgen import weights
 from musicgen.errors import UserError
+from pipelines.shard import ShardSet
+from tests.training.synthetic import write_dataset
 from training import folder as run_folder
 from training import lineage, runs
 
@@ -162,6 +164,56 @@ def test_the_shipped_model_is_found_as_what_a_run_began_from() -> None:
     assert runs.ancestors("demo")[0] == f"demo: {about['training']['step']} steps on data {version}, {about['licence']}"
 
 
+def test_which_runs_may_have_learned_from_a_track(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.training.small_run import go
+
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    data = write_dataset(tmp_path / "data", size=64, valid=2)
+    index = ShardSet.open(str(data)).index.to_pylist()
+    seen = {split: next(r["track_id"] for r in index if r["split"] == split) for split in ("train", "valid")}
+    first = go(data, tmp_path / "runs" / "first", "--steps", "2")
+    other = next(r["artist"] for r in reversed(index) if r["split"] == "train")
+    go(data, short := tmp_path / "runs" / "short", "--steps", "2", "--select.artists", json.dumps([other]))
+    heir = go(data, tmp_path / "runs" / "heir", "--steps", "2", "--init", str(first / "release"))
+    (heir / lineage.TRACKS).unlink()  # as one of an earlier version
+    make(tmp_path / "runs" / "damaged")
+    (tmp_path / "runs" / "damaged" / lineage.TRACKS).write_bytes(b"PAR1")
+    release = json.loads((first / "release" / "config.json").read_text())
+    assert release["training"]["data_licences"] == sorted({str(row["licence"]) for row in index})
+    inherited = json.loads((heir / "release" / "config.json").read_text())["inherited"]
+    assert inherited[0]["data_version"] == release["training"]["data_version"]
+
+    def told(track: str) -> str:
+        capsys.readouterr()
+        assert runs.main(["--folder", str(tmp_path / "runs"), "--track", track]) == 0
+        return capsys.readouterr().out
+
+    about = told(seen["train"])
+    assert (
+        f"{first}: trained on it (" in about
+        and f"from {data}, data {release['training']['data_version'][:12]}" in about
+    )
+    assert f"{heir}: began from {first}" in about and f"unknown   {heir}: keeps no list" in about
+    assert "damaged: tracks.parquet cannot be read" in about
+    assert f"{first}: was validated on it" in told(seen["valid"])
+    assert f"{first}:" not in told("nobody's")
+    (first / "release").rename(tmp_path / "moved")  # then by its weights
+    again = go(data, tmp_path / "runs" / "again", "--steps", "2", "--init", str(tmp_path / "moved"))
+    (again / lineage.TRACKS).unlink()
+    (tmp_path / "moved").rename(first / "release")
+    assert f"{again}: began from {first}" in told(seen["train"])
+
+
+def test_another_model_where_a_run_began_is_not_taken_for_it(tmp_path: Path) -> None:
+    about = json.loads((weights.DEMO / "config.json").read_text())
+    assert runs.ancestors("demo", about["weights"]["sha256"])[0].startswith("demo: ")
+    assert runs.ancestors("demo", "0" * 64) == [
+        f"demo (there is another model now: {about['weights']['sha256'][:12]}, it was {'0' * 12})"
+    ]
+
+
 def test_a_start_behind_a_cut_line_is_not_swallowed(tmp_path: Path) -> None:
     run = make(tmp_path / "run")
     later = {**START, "at": "2026-02-02T03:04:05+00:00", "step": 4}
@@ -235,3 +287,17 @@ def test_a_training_says_what_is_odd_about_its_states(tmp_path: Path) -> None:
     damage(run, "state copied by hand")
     with pytest.raises(UserError, match=r"state/ holds step-20.bak, .*move what else there is out of state/"):
         run_folder.last_progress(run)
+
+
+def test_the_latest_start_comes_first_and_the_least_loss_is_the_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = START | {"at": "2026-03-02T03:04:05+00:00", "step": 4, "git": {"commit": "e" * 40, "changed": False}}
+    for name, starts in (("a", [START | {"at": "2026-02-02T03:04:05+00:00"}]), ("b", [START, again]), ("c", [START])):
+        make(tmp_path / name)
+        (tmp_path / name / lineage.FILE).write_text("".join(json.dumps(line) + "\n" for line in starts))
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "valid/loss": 2.25}\n{"step": 4, "valid/loss": 4.75}\n')
+    rows = [line for line in listed(tmp_path, capsys, monkeypatch).splitlines() if "demo" in line]
+    assert ["bac".index(row.split()[1]) for row in rows] == [0, 1, 2]
+    assert "2.250" in rows[0] and "eeeeeeeeee " in rows[0] and "cccccccccc+" in rows[1]

@@ -1,5 +1,6 @@
 """Mixtures, sets fetched from an object store, and shards that are not what they were."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from musicgen.errors import UserError
-from pipelines.shard import ShardSet
+from pipelines.shard import ShardSet, dataset_version, index_table, table_bytes
 from pipelines.store import Place
 from tests.training.synthetic import write_dataset
 from training import data, plan, sources
@@ -144,6 +145,18 @@ def test_a_store_that_fails_for_a_while_is_asked_again(
     assert waited == [0.5, 1, 2, 4]  # seconds, longer each time
 
 
+def test_a_full_local_disk_is_not_waited_for() -> None:
+    tried: list[int] = []
+
+    def full() -> None:
+        tried.append(1)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        sources._tried(full, Place.at("s3://music/set"))
+    assert len(tried) == 1
+
+
 def test_codecs_do_not_mix(two: tuple[Path, Path], tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "c", size=64, codec={"name": "other", "identity": "f" * 64})
     with pytest.raises(UserError, match=r"DATA mixes codecs.*'tiny' \(identity 0000.*'other' \(identity ffff"):
@@ -226,6 +239,39 @@ def test_a_remote_set_is_fetched_once_and_checked(two: tuple[Path, Path], store:
     (Place.at(bad) / "shards/train-00000.tar").delete()
     with pytest.raises(UserError, match="is gone"):
         sources.fetch(Place.at(bad), tmp_path)
+
+
+def test_a_set_that_changes_while_it_is_fetched_is_refused(
+    two: tuple[Path, Path], store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, fetch_one = store.replace("SET", "changing"), sources._fetch_one
+    upload(two[0], uri)
+
+    def meanwhile(*given: Any, **more: Any) -> None:
+        for name in ("index.parquet", "dataset.json"):
+            (Place.at(uri) / name).write((two[1] / name).read_bytes())
+        fetch_one(*given, **more)
+
+    monkeypatch.setattr(sources, "_fetch_one", meanwhile)
+    with pytest.raises(UserError, match="changed while it was fetched"):
+        sources.fetch(Place.at(uri), tmp_path)
+    assert not list(tmp_path.rglob("dataset.json"))  # nobody takes the copy for a whole one
+
+
+def test_a_shard_whose_music_was_all_withdrawn_is_not_fetched(
+    two: tuple[Path, Path], store: str, tmp_path: Path
+) -> None:
+    folder, uri = tmp_path / "set", store.replace("SET", "withdrawn")
+    shutil.copytree(two[1], folder)
+    rows = ShardSet.open(str(folder)).index.to_pylist()
+    table = index_table([row | {"withdrawn": row["split"] == "valid"} for row in rows])
+    (folder / "index.parquet").write_bytes(table_bytes(table))
+    info = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(info | {"dataset_version": dataset_version(table)}))
+    (folder / "shards" / "valid-00000.tar").unlink()
+    upload(with_hashes(folder), uri)
+    read = sources.open_data(uri, str(tmp_path / "cache"))
+    assert not len(read.rows("valid")) and read.codes(int(read.rows("train")[0])).shape[0] == 4
 
 
 def test_a_damaged_copy_says_that_it_is_one(two: tuple[Path, Path], store: str, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from musicgen.errors import UserError
 from tests.training.test_optim import fresh, trained
@@ -143,3 +145,22 @@ def test_a_loss_that_none_can_be_below_is_not_kept_as_the_best(tmp_path: Path) -
     write(tmp_path, best_loss=math.nan, best_step=4)
     progress = folder.last_progress(tmp_path)
     assert progress is not None and progress.best_loss is None
+
+
+def test_a_state_of_which_a_rank_wrote_nothing_here_is_none(tmp_path: Path) -> None:
+    """As where the machines of a run do not see the same disk: each writes, and nobody meets an error."""
+    saver = state.Saver(tmp_path)
+    saver.several = True
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        for rank in (1, 2):
+            files = {f"shard-0000{one}-model-00001-of-00001.safetensors": 1 for one in range(1, rank + 1)}
+            for name in files:
+                (tmp_path / name).write_bytes(b"x")
+            if rank == 1:
+                with pytest.raises(OSError, match="1 of 2 ranks wrote nothing"):
+                    saver._files_of(tmp_path)
+            else:
+                assert saver._files_of(tmp_path) == files
+    finally:
+        dist.destroy_process_group()

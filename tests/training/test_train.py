@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import shutil
@@ -28,10 +29,11 @@ from tests.training import tiny_run, wandb_file
 from tests.training.small_run import SMALL, close, go, same, tensors
 from tests.training.synthetic import write_dataset
 from tests.training.tiny_run import curves as metrics
-from training import folder, record, state, train
+from training import data as reading
+from training import folder, record, sources, start, state, train
 from training.config import read_config
 from training.data import unigram_loss
-from training.module import NonFiniteLoss
+from training.module import MusicLMModule, NonFiniteLoss
 
 pytestmark = pytest.mark.usefixtures("no_wandb")
 
@@ -173,6 +175,89 @@ def test_parts_of_a_step_make_the_same_step(data: Path, tmp_path: Path) -> None:
     assert metrics(one)[-1]["valid/loss"] == pytest.approx(metrics(four)[-1]["valid/loss"], rel=1e-3)
 
 
+def test_a_run_keeps_its_parts_per_step_on_as_many_ranks(data: Path) -> None:
+    """Whatever has room now: other parts round otherwise."""
+    shards = sources.open_data(str(data))
+
+    def parts(ranks: int, *more: str) -> int:
+        config = read_config(["--size", "demo", "--data", str(data), "--run", "x", *SMALL, *more])
+        before = state.Progress(step=2, ranks=ranks, accumulate=4)
+        return start.lay_out(config, shards, before, speaks=False).accumulate
+
+    assert parts(1) == 4 and parts(2) == 1 and parts(1, "--batch.accumulate", "2") == 2
+
+
+def test_gradients_are_clipped_and_the_record_has_their_norm_before(data: Path, tmp_path: Path) -> None:
+    run = go(data, tmp_path / "run", "--steps", "1", "--optim.clip", "1e-3", "--optim.beta1", "0.9")
+    moments = [tensor.flatten() for name, tensor in tensors(run, 1).items() if name.endswith("/exp_avg")]
+    assert float(torch.cat(moments).norm()) == pytest.approx(0.1 * 1e-3, rel=1e-2)  # 1 - beta1 of the clipped gradient
+    assert metrics(run)[0]["train/grad_norm"] > 0.1
+
+
+def test_the_average_moves_as_often_and_as_far_as_set(data: Path, tmp_path: Path) -> None:
+    options = ["--steps", "5", "--optim.ema_every", "2", "--optim.ema_decay", "0.8", "--log.state_every", "1"]
+    run = go(data, tmp_path / "run", *options, "--log.state_keep", "5")
+    second, fourth, last = (tensors(run, step) for step in (2, 4, 5))
+    for name in (name for name in last if name.startswith("model/")):
+        average = last[name.replace("model/", "ema/")]
+        torch.testing.assert_close(average, (0.8 * second[name] + fourth[name]) / 1.8)
+
+
+def test_the_record_has_the_rate_of_the_step_that_was_made(data: Path, tmp_path: Path) -> None:
+    run = go(data, tmp_path / "run", "--steps", "3", "--log.every", "1")  # 5 steps of warm-up to 1e-2
+    rates = [row["train/lr"] for row in metrics(run) if "train/lr" in row]
+    assert rates == pytest.approx([2e-3, 4e-3, 6e-3])
+
+
+def test_the_record_has_the_rate_that_an_adaptive_optimiser_found(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("dadaptation")
+    run = go(data, tmp_path / "run", "--steps", "3", "--log.every", "1", "--optim.name", "dadapt", "--optim.lr", "1")
+    found = [row["train/d"] for row in metrics(run) if "train/loss" in row]
+    assert len(found) == 3 and 0 < found[0] <= found[-1]
+
+
+def test_audio_seen_is_counted_without_padding(data: Path, tmp_path: Path) -> None:
+    options = ["--steps", "3", "--log.every", "1", "--batch.accumulate", "2"]
+    run = go(data, tmp_path / "run", *options)
+    config = read_config(["--data", str(data), "--run", str(run), *SMALL, *options])
+    stream = reading.Stream(ShardSet.open(str(data)), config.batch, seed=config.seed)
+    seconds = [float(stream.batch(step, 0).valid_frames.sum()) / 50 for step in range(3)]
+    seen = [row["train/audio_seconds"] for row in metrics(run) if "train/loss" in row]
+    assert seen == pytest.approx([sum(seconds[:n]) for n in (1, 2, 3)]) and seen[-1] < 0.99 * 3 * 8 * 2.56
+
+
+def test_dropout_acts_in_training_and_not_in_validation(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a validation, and after a release that was made of it."""
+    found: list[tuple[bool, bool]] = []
+    after: list[bool] = []
+    score, validate = MusicLMModule.score, MusicLMModule.validate
+
+    def scored(module: MusicLMModule, *given: Any) -> Any:
+        found.append((torch.is_grad_enabled(), module.lm.training))
+        return score(module, *given)
+
+    def validated(module: MusicLMModule, *given: Any) -> Any:
+        figures = validate(module, *given)
+        after.append(module.lm.training)
+        return figures
+
+    monkeypatch.setattr(MusicLMModule, "score", scored)
+    monkeypatch.setattr(MusicLMModule, "validate", validated)
+    go(data, tmp_path / "run", "--steps", "3", "--log.valid_every", "1", "--lm.dropout", "0.1")
+    assert found == [(True, True), (False, False)] * 3 and after == [True] * 3
+
+
+def test_what_is_made_again_has_the_dropout_that_it_had(data: Path, tmp_path: Path) -> None:
+    kept, *again = (
+        tensors(go(data, tmp_path / kind, "--steps", "2", "--lm.dropout", "0.3", "--hardware.checkpointing", kind), 2)
+        for kind in ("none", "selective", "full")
+    )
+    for made in again:
+        close(kept, made)
+
+
 def test_a_run_may_leave_no_state_and_says_so_when_it_begins_again(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,7 +337,6 @@ def test_text_is_learned(data: Path, whole: Path) -> None:
     """The right caption explains the tokens better than another one: the condition is not decoration."""
     from musicgen import patterns
     from musicgen.conditioning import TextEncoder
-    from training import data as reading
     from training import loss
 
     lm, _ = weights.load_release(whole / "release")
@@ -281,6 +365,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(data: Path, tmp_path:
     with pytest.raises(NonFiniteLoss, match=r"loss is not finite at step 3 \(tracks 0.*no update was made"):
         go(data, run)
     assert state.steps_in(run / "state") == [2]
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate, spoilt = MusicLMModule.validate, [True, False]
+
+    def sometimes(module: MusicLMModule, *given: Any) -> dict[str, float]:
+        figures = validate(module, *given)
+        return figures | {"valid/loss": math.nan} if spoilt.pop(0) else figures
+
+    monkeypatch.setattr(MusicLMModule, "validate", sometimes)
+    run = go(data, tmp_path / "run", "--steps", "2", "--log.valid_every", "1")
+    _, info = weights.load_release(run / "release")
+    assert info["training"]["step"] == state.read_progress(run / "state", 2).best_step == 2
 
 
 def test_without_validation_tracks_the_last_weights_are_the_release(

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +124,19 @@ def test_mfu_is_flop_by_time_by_peak() -> None:
     assert "train/mfu" not in watch.Stopwatch(step_flop=6e9, peak=None).read(1.0, 1)
 
 
+def test_figures_of_a_window_are_means_over_its_steps_without_what_was_paused() -> None:
+    loader = SimpleNamespace(waited=1.0)
+    clock = watch.Stopwatch(loader=loader)
+    clock.reset(0.0, 10)
+    loader.waited += 2.0
+    clock.begin -= 10.0  # ten seconds of steps, of which a validation takes six
+    clock.pause(time.perf_counter() - 6.0)
+    figures = clock.read(audio_seconds=8.0, step=14)
+    assert figures["seconds/step"] == pytest.approx(1.0, rel=1e-2)
+    assert figures["seconds/data"] == pytest.approx(0.5, rel=1e-2)
+    assert clock.mark - time.perf_counter() == pytest.approx(6.0, abs=0.1)  # so that none of it lies outside the model
+
+
 def test_the_recorded_mfu_is_that_of_the_plan(run: Path, data: Path) -> None:
     config = read_config(words(data, run, "--batch.accumulate", "2"))
     flop = config.batch.size * budget.train_flop(config.lm, 128)
@@ -192,6 +206,8 @@ def test_a_trace_that_no_folder_takes(tmp_path: Path) -> None:
 def test_clips_have_a_ceiling_beside_them(run: Path, codec: codecs.Codec) -> None:
     clips = sorted(path.name for path in (run / "samples").glob("*.wav"))
     assert clips == ["ceiling-0.wav", "ceiling-1.wav", "step-0000010-0.wav", "step-0000010-1.wav"]
+    made = [json.loads((run / "samples" / f"step-0000010-{number}.json").read_text()) for number in (0, 1)]
+    assert [details["seed"] for details in made] == [0, 1]  # at every step, so that clips of one prompt compare
     about = wav.read_marking(run / "samples" / "ceiling-0.wav")
     prompt = json.loads((run / "samples" / "step-0000010-0.json").read_text())["prompt"]
     assert about["what"] == "a held-out recording through the codec" and about["caption"] == prompt
