@@ -65,7 +65,7 @@ def _reject_unknown(given: Sequence[str], config_class: type, where: str) -> Non
         if name in known or name.startswith(open_names):  # a mapping's keys are its reader's to check
             continue
         leaf = {k.rsplit(".", 1)[-1]: k for k in known}
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        near = [leaf[name]] if name in leaf else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         near = near or [leaf[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaf), n=1)]
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
         if not near and len(known) > MANY:
@@ -142,7 +142,11 @@ def _said(error: Exception, config_class: type) -> str:
     if _group_of(kind) is not None and (config := re.match(r"Unable to load config '(.*?)'\n", wanted, re.DOTALL)):
         return str(_no_group(name, config[1], kind, "the command line (ARGS)"))
     if "<class 'tuple'>" not in wanted:
-        return f"{name} is {given!r}; it must be {_allowed(kind)}" if given and _allowed(kind) else text
+        if not given or not _allowed(kind):
+            return text
+        truth = typing.get_origin(kind) is typing.Literal and given in ("True", "False")
+        hint = ' (in YAML with quotes, "off": without them it is a truth value)' if truth else ""
+        return f"{name} is {given!r}; it must be {_allowed(kind)}{hint}"
     part = (*typing.get_args(kind), None)[0]
     if typing.get_origin(part) is tuple:
         example = [[10 * row + place for place in range(len(typing.get_args(part)))] for row in range(2)]
@@ -179,7 +183,9 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[Any, Any]:
     if not os.path.isfile(path):
         raise SettingsError(f"settings file {os.fspath(path)!r} does not exist; give a YAML file or leave --config out")
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        tree = yaml.safe_load(text)
+        _check_once(yaml.compose(text, yaml.SafeLoader))
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror or error}") from None
     except RecursionError:
@@ -189,6 +195,21 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[Any, Any]:
     if not isinstance(tree, (dict, types.NoneType)):
         raise SettingsError(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
     return tree or {}
+
+
+def _check_once(root: Any) -> None:
+    """Raises `yaml.YAMLError` where a mapping names a key twice: YAML takes the last one and forgets the others."""
+    nodes, seen = [root], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):  # aliases may make a ring
+            continue
+        seen.add(id(node))
+        nodes += [part for child in node.value for part in (child if isinstance(child, tuple) else (child,))]
+        keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        if twice := [str(key) for key in keys if keys.count(key) > 1]:
+            where = f"in the mapping from line {node.start_mark.line + 1} on"
+            raise yaml.YAMLError(f"{twice[0]!r} stands there twice, {where}; put both together")
 
 
 def parse(config_class: type[T], argv: Sequence[str], *, layers: Sequence[str | Path] = (), prog: str = "") -> T:

@@ -70,7 +70,7 @@ class SplitConfig:
             )
 
 
-def _same(name: str) -> str:
+def same(name: str) -> str:
     """A name as it counts for linking: case, width and blanks do not matter."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
@@ -86,16 +86,16 @@ def split_groups(rows: Iterable[Row]) -> dict[str, str]:
 
     members: dict[str, Row] = {}
     for row in rows:
-        artist = "artist:" + _same(row.values["artist"])
+        artist = "artist:" + same(row.values["artist"])
         members[str(row.track_id)] = row
         root(artist)
         if row.values["work"]:
-            parent[root("work:" + _same(row.values["work"]))] = root(artist)
+            parent[root("work:" + same(row.values["work"]))] = root(artist)
     smallest: dict[str, str] = {}
     for row in members.values():
-        group, name = root("artist:" + _same(row.values["artist"])), row.values["artist"]
+        group, name = root("artist:" + same(row.values["artist"])), row.values["artist"]
         smallest[group] = min(name, smallest.get(group, name))
-    return {track_id: smallest[root("artist:" + _same(r.values["artist"]))] for track_id, r in members.items()}
+    return {track_id: smallest[root("artist:" + same(r.values["artist"]))] for track_id, r in members.items()}
 
 
 def split_of(group: str, shares: SplitConfig) -> str:

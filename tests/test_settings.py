@@ -75,6 +75,7 @@ def test_mistakes_on_the_command_line(argv: list[str], told: str) -> None:
     [
         (["--hardware.compile", "maybe"], "hardware.compile is 'maybe'; it must be one of auto, on, off"),
         (["--lm.condition.melody", "3"], "lm.condition.melody is '3'; it must be true or false"),
+        (["--lr", "1"], "did you mean 'optim.lr'"),
         (["--nothing_like_it_at_all", "3"], "unknown setting 'nothing_like_it_at_all' .*--help lists"),
     ],
 )
@@ -100,6 +101,32 @@ def test_mistakes_in_yaml(tmp_path: Path) -> None:
     layer.write_text("- 1\n")
     with pytest.raises(SettingsError, match="expected a mapping"):
         parse(Config, [], layers=[layer])
+
+
+def test_a_key_that_stands_twice_in_yaml_is_refused(tmp_path: Path) -> None:
+    layer = tmp_path / "a.yaml"
+    layer.write_text("optim:\n  lr: 0.1\nseed: 3\noptim:\n  betas: [0.1, 0.2]\n")
+    with pytest.raises(SettingsError, match="'optim' stands there twice, in the mapping from line 1 on"):
+        parse(Config, [], layers=[layer])
+    layer.write_text("optim: {lr: 0.1, lr: 0.2}\n")
+    with pytest.raises(SettingsError, match="'lr' stands there twice"):
+        parse(Config, [], layers=[layer])
+
+
+def test_on_and_off_want_quotes_in_yaml(tmp_path: Path) -> None:
+    layer = tmp_path / "a.yaml"
+    layer.write_text("hardware: {compile: off}\n")
+    with pytest.raises(SettingsError, match=r"hardware.compile is 'False'; .* auto, on, off \(in YAML with quotes"):
+        read_config(["--config", str(layer)], folders=False)
+    layer.write_text('hardware: {compile: "off"}\n')
+    assert read_config(["--config", str(layer)], folders=False).hardware.compile == "off"
+
+
+def test_optimisers_that_find_the_rate_take_1_as_its_factor() -> None:
+    assert read_config(["--optim.name", "prodigy"], folders=False).optim.lr == 1.0
+    assert read_config(["--optim.name", "dadapt", "--optim.lr", "0.5"], folders=False).optim.lr == 0.5
+    assert read_config(["--optim", '{"name": "dadapt", "lr": 0.5}'], folders=False).optim.lr == 0.5
+    assert read_config(["--size", "demo"], folders=False).optim.lr == 2e-3
 
 
 GROUPS = ["lm: 5", "batch: 3", "batch: null", "batch:", "optim: hello", "lora: 16", "log: null", "hardware: []"]

@@ -144,10 +144,10 @@ def run_all(config: AblateConfig, training: Sequence[str]) -> dict[str, Any]:
         cost, budgeted = step_flop(made), step_flop(reference)
         if not config.equal_compute:
             continue
-        if abs(cost / budgeted - 1) < ALIKE:
+        steps = equal_steps(made.steps, cost, budgeted)
+        if abs(cost / budgeted - 1) < ALIKE or steps == made.steps:
             compute.append(updates[-1])
             continue
-        steps = equal_steps(made.steps, cost, budgeted)
         shorter = replace(made, steps=steps, run=f"{made.run}-compute")
         shorter = replace(shorter, optim=replace(made.optim, warmup_steps=min(made.optim.warmup_steps, steps // 10)))
         compute.append(_train(shorter))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,6 +97,9 @@ def read_config(argv: Sequence[str], *, folders: bool = True) -> TrainConfig:
     adapter = value_of("lora.rank", argv, "0") != "0"
     layers = finetune.layers(CONFIGS, name, init=bool(value_of("init", argv)), adapter=adapter)
     config = settings.parse(TrainConfig, [*shape, *argv], layers=layers, prog="python -m training.train")
+    if MOMENTS[config.optim.name] > 2 and not value_of("optim.lr", argv) and '"lr"' not in value_of("optim", argv):
+        # They find the rate themselves and take this one as a factor of it.
+        config = replace(config, optim=replace(config.optim, lr=1.0))
     if folders and not config.data:
         raise UserError("DATA is missing; give a data set made by `make ingest`, such as DATA=data/demo")
     if folders and not config.run:

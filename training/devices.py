@@ -149,7 +149,7 @@ def rate_of(device: Device, *, bf16: bool, mfu: float, assumed: bool = True) -> 
     peak = device.peak_in(bf16=bf16)
     if peak is None:
         return None, ""
-    source = "assumed" if assumed else "measured on one H200" if device.name == "h200" else "as measured on one H200"
+    source = "assumed" if assumed else "one H200's at the nearest width"
     if not (assumed or bf16):
         source = "that of bf16, not measured in float32"
     precision = "bf16" if bf16 else "float32"

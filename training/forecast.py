@@ -263,6 +263,8 @@ def main(argv: Sequence[str]) -> int:
         )
     device = device_named(wanted.gpu)
     config = read_config(rest, folders=False)
+    if config.lora.rank and not config.init:
+        raise UserError(f"LORA={config.lora.rank} trains an adapter of a model: give it as INIT=")
     mfu = wanted.mfu or expected_mfu(config.lm.dim)
     device = replace(device, per_node=wanted.per_node or device.per_node)  # what fits is looked for on such machines
     per_node = min(device.per_node, wanted.gpus)

@@ -26,10 +26,12 @@ import numpy as np
 import pyarrow as pa
 
 from musicgen.errors import UserError
+from pipelines.assemble import same
 from pipelines.rights import PERPETUAL
 from pipelines.shard import ShardSet
 from pipelines.store import Place, atomic_local, clear_disk_errors
 
+_WHO = ("artist", "work")  # by whom tracks are kept in one split
 CACHE = "~/.cache/musicgen-pipeline/shards"
 CHUNK_BYTES = 2**23
 TRIES = 5
@@ -102,6 +104,7 @@ class Sources:
         self.source = np.repeat(np.arange(len(sets)), [len(s) for s in sets])
         self._checked = np.zeros(len(self), dtype=bool)
         self._narrowed: dict[str, np.ndarray] | None = None
+        self.heard_elsewhere = self._heard_elsewhere()
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -115,7 +118,24 @@ class Sources:
         """Row numbers (int64) of a split over all sets; withdrawn tracks are left out."""
         if self._narrowed is not None:
             return self._narrowed[split]
-        return np.concatenate([first + s.rows(split) for first, s in zip(self._first, self.sets)])
+        rows = np.concatenate([first + s.rows(split) for first, s in zip(self._first, self.sets)])
+        return np.setdiff1d(rows, self.heard_elsewhere) if split == "valid" and len(self.sets) > 1 else rows
+
+    def _heard_elsewhere(self) -> np.ndarray:
+        """Validation rows of a mixture whose artist or work is trained on in another of its sets.
+
+        Each set is split for itself, and who goes where may depend on its other rows.
+        """
+        if len(self.sets) == 1:
+            return np.zeros(0, dtype=np.int64)
+        names = {column: [same(name or "") for name in self.index.column(column).to_pylist()] for column in _WHO}
+        trained: dict[str, set[str]] = {column: set() for column in _WHO}
+        for row in np.concatenate([first + s.rows("train") for first, s in zip(self._first, self.sets)]):
+            for column in _WHO:
+                trained[column].add(names[column][row])
+        valid = np.concatenate([first + s.rows("valid") for first, s in zip(self._first, self.sets)])
+        heard = [row for row in valid if any(names[c][row] and names[c][row] in trained[c] for c in _WHO)]
+        return np.asarray(heard, dtype=np.int64)
 
     def narrow(self, rows: dict[str, np.ndarray]) -> None:
         """From now on the splits have these rows (`training.selection`)."""
@@ -215,6 +235,9 @@ def open_data(spec: str, cache: str = "", *, rank: int = 0) -> Sources:
         UserError: no finished data set, an altered shard, a store that does not answer, a full disk, a term that ended.
     """
     parts = parse(spec)
+    places = [str(Place.at(place)).rstrip("/") for place, _ in parts]
+    if twice := next((place for place in places if places.count(place) > 1), None):
+        raise UserError(f"DATA={spec!r} names {twice!r} twice; name it once, with both shares added up")
     sets = [_open(place, cache or CACHE, rank) for place, _ in parts]
     check_terms(sets, datetime.datetime.now(datetime.UTC).date())
     return Sources(sets, [share for _, share in parts])

@@ -48,10 +48,40 @@ def data_lines(
         f"data      {describe_data(shards)}" + (f"; mixture {mixture}" if mixture else ""),
         f"hears     {controls.described(config.lm.condition, encoder)}",
         *controls.untrained(config.lm.condition, shards, tracks_of(shards, "train").rows),
+        *_left_out(shards),
+        *_too_long(config, shards),
         f"steps     {config.steps}" + (f", going on from {start}" if start else again),
         f"unigram   {sum(unigram) / len(unigram):.3f} nats on the {on}, mean of the codebooks [{books}]: "
         "the loss of a model that only knows how common each code is",
     ]
+
+
+def _left_out(shards: sources.Sources) -> list[str]:
+    """A line where a mixture has validation tracks by those who are trained on in another of its sets."""
+    if not len(shards.heard_elsewhere):
+        return []
+    return [
+        f"valid     {len(shards.heard_elsewhere)} validation tracks are left out: their artist or work is trained on "
+        "in another set of the mixture"
+    ]
+
+
+def _too_long(config: TrainConfig, shards: sources.Sources) -> list[str]:
+    """Lines for settings that are longer than what they are of: a warm-up than the run, a crop than any track."""
+    longest = float(tracks_of(shards, "train").frames.max()) / shards.info["codec"]["frame_rate"]
+    warm, crop, out = config.optim.warmup_steps, config.batch.crop_seconds, []
+    if warm >= config.steps:
+        share = 1 if warm <= config.steps else config.steps / warm
+        out.append(
+            f"warning   the warm-up (optim.warmup_steps {warm}) takes all {config.steps} steps; the rate gets to "
+            f"{share:.0%} of optim.lr; a tenth of the steps is usual, --optim.warmup_steps {max(config.steps // 10, 1)}"
+        )
+    if crop > longest:
+        out.append(
+            f"warning   no training track is as long as a crop: the longest has {longest:.1f} s, batch.crop_seconds is "
+            f"{crop:g}; what is missing is padding. Give --batch.crop_seconds {max(int(longest), 1)}"
+        )
+    return out
 
 
 def summary(

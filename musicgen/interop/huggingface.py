@@ -26,6 +26,7 @@ from musicgen.errors import UserError
 from musicgen.interop.parts import Parts, card, check_reference, read_card
 
 TYPES = ("musicgen", "musicgen_melody")
+VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json", "vocab.txt")  # without: all unknown
 _REFERENCE_SECONDS = 30.0
 _DECODER = "decoder.model.decoder."
 # Ours to theirs, for everything but the packed q/k/v.
@@ -121,6 +122,8 @@ def read(folder: Path, source: str) -> Parts:
         model, report = kind.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
+        if not any((Path(folder) / name).is_file() for name in VOCABULARIES):
+            raise OSError(f"it has no tokenizer ({', '.join(VOCABULARIES)}); save that of its text encoder there")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from musicgen import codec as codecs
-from musicgen import conditioning, generate, stereo, weights
+from musicgen import conditioning, generate, patterns, stereo, weights
 from musicgen.attributes import AttributeConfig
 from musicgen.conditioning import TextEncoder
 from musicgen.config import ConditionConfig, LMConfig, StyleConfig
@@ -587,6 +587,20 @@ def test_published_names_from_the_machines_copy_of_the_hub(
     said = parts.card(of_here, "tuned")
     assert "- tuned: MIT" in said and str(tmp_path) not in said, "a card goes out into the world"
     shutil.rmtree(tmp_path / "cache")
+
+
+def test_a_model_without_a_tokenizer_is_no_model(tmp_path: Path) -> None:
+    """transformers makes one up then, for which nearly every word is unknown."""
+    foreign("mono").save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError, match=r"cannot be read: it has no tokenizer \(tokenizer.json, "):
+        command.main(["import", "--source", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")])
+
+
+def test_only_patterns_that_audiocraft_has_are_written_for_it() -> None:
+    for name in patterns.PATTERNS:
+        assert audiocraft.pattern_settings(name, 4)["modeling"]
+    with pytest.raises(UserError, match="'delay_by_two' is none of audiocraft's"):
+        audiocraft.pattern_settings("delay_by_two", 4)
 
 
 @pytest.mark.parametrize(("to", "named"), [("transformers", []), ("audiocraft", ["--text_encoder_name", "t5-small"])])

@@ -283,7 +283,7 @@ def test_the_share_of_the_peak_is_a_measured_one_unless_given(capsys: pytest.Cap
     argv = ["--size", "1.5b", "--gpus", "8", "--gpu", "h100-80"]
     seconds = []
     for more, said in (
-        ([], "an MFU of 47% (as measured on one H200;"),
+        ([], "an MFU of 47% (one H200's at the nearest width;"),
         (["--mfu", "0.235"], "an MFU of 24% (assumed;"),
     ):
         forecast.main([*argv, *more])
@@ -298,7 +298,7 @@ def test_float32_is_reckoned_with_its_own_peak(capsys: pytest.CaptureFixture[str
     argv = ["--size", "1.5b", "--gpus", "8", "--gpu", "h100-80"]
     seconds = {}
     for precision, peak, said in (
-        ("bf16", 989, "as measured on one H200; of 989 TFLOP/s dense bf16"),
+        ("bf16", 989, "one H200's at the nearest width; of 989 TFLOP/s dense bf16"),
         ("float32", 67, "that of bf16, not measured in float32; of 67 TFLOP/s dense float32"),
     ):
         more = ["--hardware.precision", precision]
@@ -370,6 +370,8 @@ def test_make_plan_takes_what_its_hint_says(capsys: pytest.CaptureFixture[str]) 
         forecast.main([*given[: given.index("--init")], "--batch.size", "16"])
     assert "an adapter (LORA=16 with INIT=)" in capsys.readouterr().out
     assert forecast.main([*given, "--batch.size", "16"]) == 0 and "adapter" in capsys.readouterr().out
+    with pytest.raises(UserError, match="LORA=16 trains an adapter of a model: give it as INIT="):
+        forecast.main(["--size", "300m", "--lora.rank", "16"])
     with pytest.raises(SystemExit):
         forecast.main(["--help"])
     assert "--per_node" in capsys.readouterr().out

@@ -175,7 +175,8 @@ def test_which_runs_may_have_learned_from_a_track(
     seen = {split: next(r["track_id"] for r in index if r["split"] == split) for split in ("train", "valid")}
     first = go(data, tmp_path / "runs" / "first", "--steps", "2")
     other = next(r["artist"] for r in reversed(index) if r["split"] == "train")
-    go(data, short := tmp_path / "runs" / "short", "--steps", "2", "--select.artists", json.dumps([other]))
+    short = tmp_path / "runs" / "short"
+    go(data, short, "--steps", "2", "--select.artists", json.dumps([other]))
     heir = go(data, tmp_path / "runs" / "heir", "--steps", "2", "--init", str(first / "release"))
     (heir / lineage.TRACKS).unlink()  # as one of an earlier version
     make(tmp_path / "runs" / "damaged")

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from musicgen.errors import UserError
@@ -83,6 +84,25 @@ def test_one_set_keeps_its_version_and_a_mixture_has_its_own(two: tuple[Path, Pa
     for bad in ("a:0,b:1", "a:1,:2", "a:nan,b:1"):
         with pytest.raises(UserError, match="DATA="):
             sources.parse(bad)
+
+
+def test_who_is_trained_on_in_one_set_is_not_validated_on_in_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = (write_dataset(tmp_path / name, tracks=6, valid=v, size=64) for name, v in (("one", 2), ("two", 1)))
+    alone = ShardSet.open(str(one))
+    artists = alone.index.column("artist").to_pylist()
+    mixed = sources.open_data(f"{one},{two}")
+    trained = {
+        name for s in mixed.sets for name in s.index.column("artist").take(pa.array(s.rows("train"))).to_pylist()
+    }
+    left = [row for row in alone.rows("valid") if artists[row] not in trained]
+    valid = mixed.rows("valid")
+    assert len(valid) + len(mixed.heard_elsewhere) == 3 and len(mixed.heard_elsewhere) >= 1
+    assert [row for row in valid if row < len(alone)] == left
+    assert not {mixed.index.column("artist")[int(row)].as_py() for row in valid} & trained
+    with pytest.raises(UserError, match=r"names .*one' twice; name it once"):
+        sources.open_data(f"{one}:0.5,{one}/:0.5")
 
 
 def test_a_folder_may_be_named_like_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

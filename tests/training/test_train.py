@@ -139,6 +139,15 @@ def test_a_mixture_trains_and_is_named(data: Path, tmp_path: Path, capsys: pytes
         go(Path(f"{data}:0.5,{other}:0.5"), run, "--steps", "2")
 
 
+def test_what_is_longer_than_what_it_is_of_is_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(data, tmp_path / "run", "--steps", "2", "--optim.warmup_steps", "50", "--batch.crop_seconds", "64")
+    told = capsys.readouterr().out
+    assert "warning   the warm-up (optim.warmup_steps 50) takes all 2 steps; the rate gets to 4% of" in told
+    assert "warning   no training track is as long as a crop" in told and "batch.crop_seconds is 64" in told
+
+
 def test_running_again_does_nothing(whole: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (whole / "metrics.jsonl").read_bytes()
     go(data, whole)
