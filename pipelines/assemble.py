@@ -17,7 +17,6 @@ import json
 import os
 import re
 import tempfile
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -70,11 +69,6 @@ class SplitConfig:
             )
 
 
-def same(name: str) -> str:
-    """A name as it counts for linking: case, width and blanks do not matter."""
-    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-
-
 def split_groups(rows: Iterable[Row]) -> dict[str, str]:
     """Split group of every row (track_id -> group): the smallest artist name among all that share artist or work."""
     parent: dict[str, str] = {}
@@ -86,16 +80,16 @@ def split_groups(rows: Iterable[Row]) -> dict[str, str]:
 
     members: dict[str, Row] = {}
     for row in rows:
-        artist = "artist:" + same(row.values["artist"])
+        artist = "artist:" + shard.same(row.values["artist"])
         members[str(row.track_id)] = row
         root(artist)
         if row.values["work"]:
-            parent[root("work:" + same(row.values["work"]))] = root(artist)
+            parent[root("work:" + shard.same(row.values["work"]))] = root(artist)
     smallest: dict[str, str] = {}
     for row in members.values():
-        group, name = root("artist:" + same(row.values["artist"])), row.values["artist"]
+        group, name = root("artist:" + shard.same(row.values["artist"])), row.values["artist"]
         smallest[group] = min(name, smallest.get(group, name))
-    return {track_id: smallest[root("artist:" + same(r.values["artist"]))] for track_id, r in members.items()}
+    return {track_id: smallest[root("artist:" + shard.same(r.values["artist"]))] for track_id, r in members.items()}
 
 
 def split_of(group: str, shares: SplitConfig) -> str:

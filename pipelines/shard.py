@@ -18,6 +18,7 @@ import mmap
 import os
 import re
 import tarfile
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,11 @@ class Record:
     def sha256(self) -> str:
         """Hash of the three payloads, one after the other."""
         return hashlib.sha256(self.codes + self.chroma + self.json).hexdigest()
+
+
+def same(name: str) -> str:
+    """A name as it counts for linking: case, width and blanks do not matter."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

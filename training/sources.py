@@ -26,9 +26,8 @@ import numpy as np
 import pyarrow as pa
 
 from musicgen.errors import UserError
-from pipelines.assemble import same
 from pipelines.rights import PERPETUAL
-from pipelines.shard import ShardSet
+from pipelines.shard import ShardSet, same
 from pipelines.store import Place, atomic_local, clear_disk_errors
 
 _WHO = ("artist", "work")  # by whom tracks are kept in one split

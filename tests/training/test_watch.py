@@ -183,11 +183,11 @@ def test_a_trace_that_the_disk_does_not_take_ends_nothing(
 ) -> None:
     """A disk that is full from the trace on, and one that has no room left for the table."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    fill_disk(monkeypatch, module, name, [True])
+    fill_disk(monkeypatch, module, name, [True] if module is watch else [False, True])  # tracks.parquet comes first
     run = tmp_path / "run"
     more = ["--log.profile_at", "2", "--log.profile_steps", "1", "--steps", "4", "--log.state_every", "4"]
     assert train.main(words(data, run, *more)) == 0
-    [warned] = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("warning", "profile"))]
+    [warned] = [line for line in capsys.readouterr().out.splitlines() if "profile" in line]
     assert warned.startswith(f"warning   the profile could not be written to {run / 'profile'}: {said}")
     assert warned.endswith("; training goes on")
     assert not (run / "profile").exists() or not list((run / "profile").iterdir())
