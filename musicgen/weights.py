@@ -321,13 +321,17 @@ def check_codec(info: dict[str, Any], codec: Any) -> None:
         )
 
 
+def ancestor(model: str, licence: str | None, training: dict[str, Any]) -> dict[str, Any]:
+    """A model as those that are made of it name it."""
+    version = training.get("data_version")
+    return {"model": model, "licence": licence, **({"data_version": version} if version else {})}
+
+
 def inherited(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """What a model trained from `source` inherits: `{model, licence}` of it and of what it was trained from itself, and
     the `data_version` that each has learned from, where that is known."""
     info = read_info(source)
-    own = {"model": os.fspath(source), "licence": info.get("licence")}
-    if version := info.get("training", {}).get("data_version"):
-        own["data_version"] = version
+    own = ancestor(os.fspath(source), info.get("licence"), info.get("training", {}))
     return [*([] if "imported_from" in info else [own]), *info.get("inherited", [])]
 
 

@@ -221,16 +221,14 @@ class Ingest:
         today = self.config.rights.day()
         admitted = []
         for row in self.catalog.rows:
+            if row.track_id and row.values["uri"] and (code := rights.takes_down(row.rights)):
+                self.taken_down[row.track_id] = row, code
             if row.problems:
                 self.rejects.append((row, Reject("catalogue", "invalid_row", "; ".join(row.problems)), None))
-                if row.track_id and row.values["uri"] and (code := rights.takes_down(row.rights)):
-                    self.taken_down[row.track_id] = row, code
                 continue
             problem = rights.admit(row.rights, self.config.rights, today)
             if problem is not None:
                 self.rejects.append((row, replace(problem, message=catalog.short(problem.message)), None))
-                if problem.code in rights.TAKEN_DOWN:
-                    self.taken_down[str(row.track_id)] = row, problem.code
             else:
                 admitted.append(row)
         return admitted

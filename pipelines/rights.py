@@ -3,7 +3,7 @@
 A row is admitted only when everything that must be known is known and allows the purpose, in the territory, today:
 a recognisable licence, a rightsholder, evidence of consent, a grant for every purpose, a term that holds today, a
 territory that covers ours, an active status and no opt-out signal. The gate never guesses and never repairs.
-What was taken down (`TAKEN_DOWN`) is refused as a recording: ingest lets its sound in under no other row either.
+What was taken down (`takes_down`) is refused as a recording: ingest lets its sound in under no other row either.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 from pipelines.checks import Reject
 
 PERPETUAL = "perpetual"
-TAKEN_DOWN = ("withdrawn", "opt_out")
 
 _EU = "AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK"
 EU = frozenset(_EU.split())

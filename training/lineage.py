@@ -67,15 +67,13 @@ def keep_tracks(folder: Path, shards: Sources) -> None:
     place = folder / TRACKS
     if place.is_file():
         return
-    rows = {split: shards.rows(split) for split in ("train", "valid")}
-    columns = ("track_id", "key", "artist", "licence", "split")
-    table = shards.index.select(columns).take(pa.array(np.concatenate([*rows.values()])))
-    roots = [str(one.root) for one in shards.sets]
-    sets = pa.array([roots[int(shards.source[row])] for part in rows.values() for row in part], pa.string())
+    rows = np.concatenate([shards.rows("train"), shards.rows("valid")])
+    table = shards.index.select(("track_id", "key", "artist", "licence", "split")).take(pa.array(rows))
+    sets = pa.array([str(shards.sets[number].root) for number in shards.source[rows]], pa.string())
     files.write_bytes(place, shard.table_bytes(table.append_column("set", sets)))
 
 
-def tracks_of(folder: Path) -> pa.Table | None:
+def kept_tracks(folder: Path) -> pa.Table | None:
     """What `keep_tracks` wrote; None where there is none. Raises `OSError` or `ValueError` where it is damaged."""
     try:
         return store.parquet((folder / TRACKS).read_bytes())

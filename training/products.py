@@ -247,9 +247,10 @@ def generator(lm: MusicLM, module: MusicLMModule, *, codec: Codec | None, info: 
     if codec is None:
         raise ValueError("clips need the codec")
     lm = adapters.merged(lm) if adapters.is_adapted(lm) else lm
-    room = memory.free_bytes(module.device)
-    fits = room is None or MOVED * 2 * sum(p.numel() for p in lm.parameters()) <= room
-    moves = next(lm.parameters()).device != module.device and fits
+    moves = next(lm.parameters()).device != module.device
+    if moves:
+        room = memory.free_bytes(module.device)
+        moves = room is None or MOVED * 2 * sum(p.numel() for p in lm.parameters()) <= room
     if moves:
         lm = lm.to(module.device, torch.bfloat16)
     about = info(module.encoder, module.progress)

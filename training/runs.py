@@ -226,8 +226,7 @@ def ancestors(source: str, identity: str = "", depth: int = 8) -> list[str]:
         licence = about.get("licence", "?") if isinstance(about, dict) else "?"
         lines.append(f"{source}: {training.get('step', '?')} steps on data {version}, {licence}")
         source = str(training.get("init") or "")
-        began = _part(about, "began_from") or _part(about, "base")
-        identity = str(began.get("identity") or "")
+        identity = _began(about)
     return lines
 
 
@@ -277,9 +276,9 @@ def describe(run: Run) -> str:
     return "\n".join(_shown(line) for part in out for line in part.split("\n"))
 
 
-def _began(config: dict[str, Any]) -> str:
-    """SHA-256 of the weights that a run began from; empty where it does not say."""
-    told = _part(config, "base") or _part(_part(config, "origin"), "began_from")
+def _began(about: Any) -> str:
+    """SHA-256 of the weights that a run (config.yaml) or a release (config.json) began from; empty if it is silent."""
+    told = _part(about, "base") or _part(about, "began_from") or _part(_part(about, "origin"), "began_from")
     return str(told.get("identity") or "")
 
 
@@ -313,7 +312,7 @@ def learned_from(track: str, runs: Sequence[Run]) -> list[str]:
     told, own = dict[Path, str](), list[str]()
     for run in runs:
         try:
-            table = lineage.tracks_of(run.folder)
+            table = lineage.kept_tracks(run.folder)
             found = None if table is None else table.filter(pc.equal(table["track_id"], track)).to_pylist()
         except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are of these kinds
             own.append(f"unknown   {run.folder}: {lineage.TRACKS} cannot be read: {_first_line(error)}")

@@ -117,24 +117,23 @@ class Sources:
         """Row numbers (int64) of a split over all sets; withdrawn tracks are left out."""
         if self._narrowed is not None:
             return self._narrowed[split]
-        rows = np.concatenate([first + s.rows(split) for first, s in zip(self._first, self.sets)])
-        return np.setdiff1d(rows, self.heard_elsewhere) if split == "valid" and len(self.sets) > 1 else rows
+        rows = self._rows(split)
+        return np.setdiff1d(rows, self.heard_elsewhere) if split == "valid" else rows
+
+    def _rows(self, split: str) -> np.ndarray:
+        return np.concatenate([first + s.rows(split) for first, s in zip(self._first, self.sets)])
 
     def _heard_elsewhere(self) -> np.ndarray:
         """Validation rows of a mixture whose artist or work is trained on in another of its sets.
 
         Each set is split for itself, and who goes where may depend on its other rows.
         """
-        if len(self.sets) == 1:
-            return np.zeros(0, dtype=np.int64)
-        names = {column: [same(name or "") for name in self.index.column(column).to_pylist()] for column in _WHO}
-        trained: dict[str, set[str]] = {column: set() for column in _WHO}
-        for row in np.concatenate([first + s.rows("train") for first, s in zip(self._first, self.sets)]):
-            for column in _WHO:
-                trained[column].add(names[column][row])
-        valid = np.concatenate([first + s.rows("valid") for first, s in zip(self._first, self.sets)])
-        heard = [row for row in valid if any(names[c][row] and names[c][row] in trained[c] for c in _WHO)]
-        return np.asarray(heard, dtype=np.int64)
+        heard: list[int] = []
+        for column in _WHO if len(self.sets) > 1 else ():
+            names = [same(name or "") for name in self.index.column(column).to_pylist()]
+            trained = {names[row] for row in self._rows("train")} - {""}
+            heard += [row for row in self._rows("valid") if names[row] in trained]
+        return np.unique(np.asarray(heard, dtype=np.int64))
 
     def narrow(self, rows: dict[str, np.ndarray]) -> None:
         """From now on the splits have these rows (`training.selection`)."""

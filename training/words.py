@@ -71,10 +71,10 @@ def _too_long(config: TrainConfig, shards: sources.Sources) -> list[str]:
     longest = float(tracks_of(shards, "train").frames.max()) / shards.info["codec"]["frame_rate"]
     warm, crop, out = config.optim.warmup_steps, config.batch.crop_seconds, []
     if warm >= config.steps:
-        share = 1 if warm <= config.steps else config.steps / warm
         out.append(
             f"warning   the warm-up (optim.warmup_steps {warm}) takes all {config.steps} steps; the rate gets to "
-            f"{share:.0%} of optim.lr; a tenth of the steps is usual, --optim.warmup_steps {max(config.steps // 10, 1)}"
+            f"{config.steps / warm:.0%} of optim.lr; a tenth of the steps is usual, "
+            f"--optim.warmup_steps {max(config.steps // 10, 1)}"
         )
     if crop > longest:
         out.append(

@@ -51,7 +51,7 @@ def pattern_settings(pattern: str, num_codebooks: int) -> dict[str, Any]:
     if pattern == "coarse_first":
         return {"modeling": "coarse_first", "coarse_first": {"delays": [0] * (num_codebooks - 1)}}
     if pattern not in ("parallel", "musiclm"):
-        raise UserError(f"pattern {pattern!r} is none of audiocraft's, as far as this program knows; add it here")
+        raise UserError(f"pattern {pattern!r} is none of audiocraft's; a model that has it cannot be exported there")
     return {"modeling": pattern, **({"musiclm": {"group_by": 2}} if pattern == "musiclm" else {})}
 
 

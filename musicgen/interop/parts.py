@@ -67,9 +67,7 @@ class Parts:
         known = [item["licence"] for item in self.inherited]
         if known and self.licence in (None, *known):
             return self.inherited
-        version = self.training.get("data_version")
-        own = {"model": self.source, "licence": self.licence, **({"data_version": version} if version else {})}
-        return [own, *self.inherited]
+        return [weights.ancestor(self.source, self.licence, self.training), *self.inherited]
 
 
 def codec_network(name: str) -> Any:
