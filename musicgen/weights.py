@@ -341,12 +341,19 @@ def non_commercial(licence: str | None) -> bool:
 
 
 def notice(info: dict[str, Any]) -> str:
-    """What a user of this release must know of the licences it inherits; empty when it inherits none."""
-    return "\n".join(
+    """What a user of this release must know: the licences it inherits, and music that may not be sold; else empty."""
+    lines = [
         f"licence   these weights derive from {item['model']}: {item['licence'] or 'not stated'}"
         + ("; not for commercial use, nor is what is trained from them" if non_commercial(item["licence"]) else "")
         for item in info.get("inherited", [])
-    )
+    ]
+    heard = info.get("training", {}).get("data_licences", [])
+    if bound := [str(name) for name in (heard if isinstance(heard, list) else ()) if non_commercial(name)]:
+        lines.append(
+            f"licence   these weights learned from music under {', '.join(bound)}: ask its rightsholders before "
+            "commercial use"
+        )
+    return "\n".join(lines)
 
 
 def initial_state(

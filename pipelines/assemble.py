@@ -26,13 +26,14 @@ from typing import Any
 import pyarrow as pa
 
 from musicgen.errors import UserError
-from pipelines import captions, shard, stages
+from pipelines import captions, shard, stages, takedown
 from pipelines.captions import CaptionConfig
 from pipelines.catalog import Row
 from pipelines.checks import Reject
 from pipelines.rights import PERPETUAL
 from pipelines.shard import Record, ShardSet
 from pipelines.store import Place, clear_disk_errors
+from pipelines.takedown import SOURCES, SOURCES_SCHEMA
 
 WORK = ".work"
 READERS = 8  # shards that are compared at a time: an object store answers slowly and many at once
@@ -47,9 +48,6 @@ REJECTS_SCHEMA = pa.schema(
         ("message", pa.string()),
         ("source_sha256", pa.string()),
     ]
-)
-SOURCES_SCHEMA = pa.schema(
-    [("track_id", pa.string()), ("work_id", pa.string()), ("json_sha256", pa.string()), ("facts", pa.string())]
 )
 
 
@@ -118,33 +116,6 @@ def duplicates(facts: dict[str, dict[str, Any]]) -> dict[str, Reject]:
         original = first.setdefault(facts[track_id]["pcm_sha256"], track_id)
         if original != track_id:
             found[track_id] = Reject("duplicate", "duplicate", f"the same sound as track {original!r}")
-    return found
-
-
-def sounds(facts: dict[str, Any]) -> set[str]:
-    """SHA-256 of a recording's file, of its decoded sound and of its stems' files, as far as they are known."""
-    stems = facts.get("stems", {}).get("sha256", {}).values()
-    return {*facts.get("sounds", ()), *stems, facts.get("source_sha256"), facts.get("pcm_sha256")} - {None}
-
-
-def taken_down(codes: dict[str, str], facts: dict[str, dict[str, Any]], tracks: Iterable[str]) -> dict[str, Reject]:
-    """Rejects for all tracks whose sound is that of a row that was taken down.
-
-    Args:
-        codes: of the rows that were taken down, track_id -> reject code.
-        facts: of these rows and of the tracks.
-    """
-    barred: dict[str, str] = {}
-    for track_id in sorted(codes):
-        barred |= {sha256: track_id for sha256 in sounds(facts.get(track_id, {})) if sha256 not in barred}
-    found: dict[str, Reject] = {}
-    for track_id in tracks:
-        other = next((barred[sha256] for sha256 in sorted(sounds(facts[track_id])) if sha256 in barred), None)
-        if other is not None:
-            own = {facts[track_id].get("source_sha256"), facts[track_id].get("pcm_sha256")}
-            same = "the same sound as" if own & barred.keys() else "one of its stems is"
-            why = f"{same} track {other!r}, which is refused as {codes[other]}"
-            found[track_id] = Reject("duplicate", codes[other], f"{why}; if that is wrong, mend the row of {other!r}")
     return found
 
 
@@ -233,7 +204,7 @@ class Previous:
         self._began_with = self._stored()
         finished = self._began_with is not None
         self.info: dict[str, Any] = shard.read_info(root, ingested=True) if finished else {}
-        self.sources = {r["track_id"]: r for r in _table(root / "sources.parquet", SOURCES_SCHEMA, ("json_sha256",))}
+        self.sources = {r["track_id"]: r for r in _table(root / SOURCES, SOURCES_SCHEMA, ("json_sha256",))}
         self.rejects = _table(root / "rejects.parquet", REJECTS_SCHEMA, ("track_id", "source_sha256"))
         index = shard.read_index(root, self.info) if (root / "index.parquet").is_file() else None
         indexed = index.column("shard").to_pylist() if index is not None else []
@@ -248,7 +219,7 @@ class Previous:
             self.shards[r["shard"]].add(r["track_id"])
         self._broken: set[str] = set()
         self.altered: set[str] = set()
-        tables = ("index.parquet", "rejects.parquet", "sources.parquet", "card/index.html")
+        tables = ("index.parquet", "rejects.parquet", SOURCES, "card/index.html")
         self.whole = finished and all((root / name).is_file() for name in tables)
 
     def _stored(self) -> bytes | None:
@@ -295,10 +266,7 @@ class Previous:
         source = self.sources.get(track_id)
         if not source or work_id not in (None, source["work_id"]):
             return None
-        try:
-            return json.loads(source["facts"])
-        except ValueError as error:
-            raise shard.damaged(self.root / "sources.parquet", f"facts of {track_id!r} are not JSON") from error
+        return takedown.facts_of(self.root / SOURCES, track_id, source["facts"])
 
     def has_codes(self, track_id: str, work_id: str) -> bool:
         """Do codes of this very result stand in a shard?"""
@@ -486,5 +454,5 @@ def write_tables(
     data = shard.table_bytes(index)
     (root / "index.parquet").write(data)
     (root / "rejects.parquet").write(shard.table_bytes(pa.Table.from_pylist(list(rejects), schema=REJECTS_SCHEMA)))
-    (root / "sources.parquet").write(shard.table_bytes(pa.Table.from_pylist(list(sources), schema=SOURCES_SCHEMA)))
+    (root / SOURCES).write(shard.table_bytes(pa.Table.from_pylist(list(sources), schema=SOURCES_SCHEMA)))
     return hashlib.sha256(data).hexdigest()

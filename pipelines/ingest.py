@@ -32,7 +32,7 @@ from rich.table import Table
 from musicgen import settings
 from musicgen.errors import UserError
 from musicgen.stereo import PREFIX as STEREO
-from pipelines import analysis, assemble, catalog, cluster, report, rights, shard, stages
+from pipelines import analysis, assemble, catalog, cluster, report, rights, shard, stages, takedown
 from pipelines.assemble import AssembleConfig, Entry, Previous, SplitConfig
 from pipelines.audio import DecodeConfig
 from pipelines.captions import CaptionConfig
@@ -286,13 +286,13 @@ class Ingest:
         files = {str(s.row.track_id): s.work_id for s in self.sources if s.taken_down}
         for track_id in self.taken_down:
             work_id = files.get(track_id, "")
-            known = assemble.sounds(self.previous.facts(track_id) or {})
+            known = takedown.sounds(self.previous.facts(track_id) or {})
             if work_id in self.kept:
-                known |= assemble.sounds(stages.load(self.work, work_id).facts)
+                known |= takedown.sounds(stages.load(self.work, work_id).facts)
             elif work_id and not (known and self.previous.facts(track_id, work_id)):
                 continue  # the file has to be read
             if known or work_id:
-                self.facts[track_id] = (work_id, {"sounds": sorted(known)})
+                self.facts[track_id] = (work_id, takedown.remembered(known))
 
     def decide(self) -> tuple[list[Entry], list[tuple[Row, Reject, str | None]], list[Source]]:
         """Entries of the set, all rejects, and the sources that still need work."""
@@ -312,7 +312,7 @@ class Ingest:
         if todo:
             return [], [], todo
         facts_of = {track_id: facts for track_id, (_, facts) in self.facts.items()}
-        twins = assemble.taken_down({t: code for t, (_, code) in self.taken_down.items()}, facts_of, tracks)
+        twins = takedown.refused({t: code for t, (_, code) in self.taken_down.items()}, facts_of, tracks)
         twins |= assemble.duplicates({t: facts_of[t] for t in tracks if t not in twins})
         groups = assemble.split_groups(self.admitted)
         plan = AssembleConfig(

@@ -204,11 +204,7 @@ class ShardSet:
             UserError: there is no finished set, it was written by another version of the format, its dataset.json or
                 index is damaged, or the index is not the one that dataset.json describes.
         """
-        root = Place.at(uri)
-        if not (root / "dataset.json").is_file():
-            state = "exists but holds no finished data set" if root.exists() else "does not exist"
-            raise UserError(f"DATA={uri!r} {state} (no dataset.json). Run `make ingest CATALOG=… OUT={uri}` first")
-        info = read_info(root)
+        root, info = Place.at(uri), described(uri)
         return cls(root, info, read_index(root, info))
 
     def __len__(self) -> int:
@@ -287,6 +283,15 @@ class ShardSet:
 def _state_of(found: os.stat_result) -> tuple[int, ...]:
     """What changes when a file is replaced or written to."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def described(uri: str) -> dict[str, Any]:
+    """dataset.json of the finished set at a URI or path. Raises `UserError` where there is none, and as `read_info`."""
+    root = Place.at(uri)
+    if not (root / "dataset.json").is_file():
+        state = "exists but holds no finished data set" if root.exists() else "does not exist"
+        raise UserError(f"DATA={uri!r} {state} (no dataset.json). Run `make ingest CATALOG=… OUT={uri}` first")
+    return read_info(root)
 
 
 def read_info(root: Place, *, ingested: bool = False) -> dict[str, Any]:

@@ -110,10 +110,9 @@ def result_of(config: TrainConfig) -> dict[str, Any]:
     books = [last[f"valid/loss_q{k}"] for k in range(1, config.lm.num_codebooks + 1)]
     speed = [r["train/audio_seconds_per_second"] for r in rows if "train/audio_seconds_per_second" in r]
     seen = [r["train/audio_seconds"] for r in rows if "train/audio_seconds" in r]
-    frames = round(config.batch.crop_seconds * 50)
     return {
         "pattern": config.lm.pattern,
-        "columns_per_second": budget.positions(config.lm, frames) / config.batch.crop_seconds,
+        "columns_per_second": budget.positions(config.lm, task_of(config).frames) / config.batch.crop_seconds,
         "steps": config.steps,
         "audio_seconds": seen[-1],
         "flop": config.steps * step_flop(config),

@@ -17,7 +17,7 @@ from musicgen.adapters import AdapterConfig
 from musicgen.config import SIZES, LMConfig, size
 from musicgen.errors import UserError
 from musicgen.settings import SettingsError
-from training import budget, finetune
+from training import budget, finetune, sources
 from training.callbacks import LogConfig
 from training.data import BatchConfig
 from training.launch import RayConfig
@@ -26,6 +26,7 @@ from training.selection import Selection
 from training.strategy import HardwareConfig
 
 SEEDS = 2**63
+PAPER_FRAME_RATE = 50.0  # of EnCodec at 32 kHz
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "train"
 
 
@@ -145,12 +146,20 @@ def _value_in(file: Path, name: str, default: str) -> str:
     return "" if found is None else str(found)
 
 
-def task_of(config: TrainConfig, frame_rate: float = 50.0) -> budget.Task:
-    """What the plan needs to know of a run's settings."""
+def task_of(config: TrainConfig, frame_rate: float = 0.0) -> budget.Task:
+    """What the plan needs to know of a run's settings.
+
+    Args:
+        frame_rate: the codec's; without one that of DATA's, and without DATA the paper's 50.
+
+    Raises:
+        UserError: there is no finished data set at DATA.
+    """
+    rate = frame_rate or (sources.frame_rate(config.data) if config.data else PAPER_FRAME_RATE)
     return budget.Task(
         config.lm,
         config.batch.size,
-        round(config.batch.crop_seconds * frame_rate),
+        round(config.batch.crop_seconds * rate),
         config.steps,
         bf16=config.hardware.number_format == "bf16",
         moments=MOMENTS[config.optim.name],

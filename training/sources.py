@@ -4,9 +4,10 @@ DATA names a set, or several with their shares: `DATA="s3://licensed/shards:0.7,
 is fetched once per machine, before training: every shard is checked against the hash in dataset.json and appears under
 its name only when it is whole. The processes of a machine share the copy and its fetching by file locks.
 
-`Sources` reads as a single `ShardSet` does, rows of all sets counted through. A track's first reading compares its
-bytes with the index, and again when its file is no longer the one that was opened, so that an altered, cut or withdrawn
-shard stops a run in words, also in its middle, instead of training on it.
+`Sources` reads as a single `ShardSet` does, rows of all sets counted through. What the catalogue of one set of a
+mixture took down is left out of the others, which may be copies from before. A track's first reading compares its bytes
+with the index, and again when its file is no longer the one that was opened, so that an altered, cut or withdrawn shard
+stops a run in words, also in its middle, instead of training on it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ import numpy as np
 import pyarrow as pa
 
 from musicgen.errors import UserError
+from pipelines import takedown
 from pipelines.rights import PERPETUAL
-from pipelines.shard import ShardSet, same
+from pipelines.shard import ShardSet, described, read_info, same
 from pipelines.store import Place, atomic_local, clear_disk_errors
 
 _WHO = ("artist", "work")  # by whom tracks are kept in one split
@@ -82,9 +84,11 @@ class Sources:
         info: dataset.json of the first set, with the version of the whole.
         index: the rows of all sets, one after the other.
         source: int64 `[N]`, which set a row belongs to.
+        taken_down: int64, rows of a mixture whose sound another of its sets' catalogues took down; in no split.
+        heard_elsewhere: int64, validation rows whose artist or work another set trains on; not validated on.
 
     Raises:
-        UserError: the sets were made with different codecs.
+        UserError: the sets were made with different codecs, or one's sources.parquet is damaged.
     """
 
     def __init__(self, sets: Sequence[ShardSet], shares: Sequence[float] = (1.0,)) -> None:
@@ -97,9 +101,10 @@ class Sources:
                     f"{codecs[0]['identity'][:12]}…), {str(made.root)!r} of {other['name']!r} (identity "
                     f"{other['identity'][:12]}…); the same number means other sounds. Ingest them with one codec"
                 )
-        self.info = {**sets[0].info, "dataset_version": version(self.sets, shares)}
         self.index: pa.Table = pa.concat_tables([s.index for s in sets])
         self._first = np.cumsum([0, *(len(s) for s in sets)])
+        self.taken_down = self._taken_down()
+        self.info = {**sets[0].info, "dataset_version": version(self.sets, shares, self.taken_down)}
         self.source = np.repeat(np.arange(len(sets)), [len(s) for s in sets])
         self._checked = np.zeros(len(self), dtype=bool)
         self._narrowed: dict[str, np.ndarray] | None = None
@@ -121,7 +126,19 @@ class Sources:
         return np.setdiff1d(rows, self.heard_elsewhere) if split == "valid" else rows
 
     def _rows(self, split: str) -> np.ndarray:
-        return np.concatenate([first + s.rows(split) for first, s in zip(self._first, self.sets)])
+        rows = np.concatenate([first + s.rows(split) for first, s in zip(self._first, self.sets)])
+        return np.setdiff1d(rows, self.taken_down) if len(self.taken_down) else rows
+
+    def _taken_down(self) -> np.ndarray:
+        """Rows of a mixture whose sound was taken down in the catalogue of another of its sets."""
+        rows: list[int] = []
+        barred = [takedown.barred(s.root) for s in self.sets] if len(self.sets) > 1 else []
+        for number, (one, first) in enumerate(zip(self.sets, self._first) if any(barred) else ()):
+            others = set().union(*(found for other, found in enumerate(barred) if other != number))
+            gone = takedown.tracks_with(one.root, others) if others else set()
+            names = one.index.column("track_id").to_pylist() if gone else []
+            rows += [int(first) + row for row, name in enumerate(names) if name in gone]
+        return np.asarray(rows, dtype=np.int64)
 
     def _heard_elsewhere(self) -> np.ndarray:
         """Validation rows of a mixture whose artist or work is trained on in another of its sets.
@@ -213,12 +230,23 @@ def licences(shards: Sources) -> list[str]:
     return sorted({str(licence or "not stated") for licence in column.unique().to_pylist()})
 
 
-def version(sets: Sequence[ShardSet], shares: Sequence[float]) -> str:
-    """Version of what is read: the set's own, or a hash over versions and shares of a mixture."""
+def version(sets: Sequence[ShardSet], shares: Sequence[float], taken_down: np.ndarray) -> str:
+    """Version of what is read: the set's own, or of a mixture a hash over versions, shares and what is left out."""
     if len(sets) == 1:
         return sets[0].info["dataset_version"]
     text = "\n".join(f"{s.info['dataset_version']} {share:.9f}" for s, share in zip(sets, shares))
+    text += "".join(f"\nwithout {row}" for row in taken_down)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def frame_rate(spec: str) -> float:
+    """Codec frames per second of the data that DATA names, by its first set's dataset.json alone.
+
+    Raises:
+        UserError: no finished data set there.
+    """
+    place = parse(spec)[0][0]
+    return float(_tried(lambda: described(place), Place.at(place))["codec"]["frame_rate"])
 
 
 def open_data(spec: str, cache: str = "", *, rank: int = 0) -> Sources:
@@ -260,7 +288,7 @@ def fetch(root: Place, cache: Path, *, rank: int = 0) -> Path:
     """
     remote: ShardSet = _tried(lambda: ShardSet.open(root.uri), root)
     folder = cache / remote.info["dataset_version"][:32]
-    if (folder / "dataset.json").is_file():
+    if _is_copy(folder, remote.info):
         return folder
     hashes: dict[str, str] = remote.info.get("shards", {})
     used = {s for s, gone in zip(*(remote.index.column(c).to_pylist() for c in ("shard", "withdrawn"))) if not gone}
@@ -275,8 +303,11 @@ def fetch(root: Place, cache: Path, *, rank: int = 0) -> Path:
         for name in names:
             _fetch_one(root / name, folder / name, hashes[name], blocking=blocking)
     with _locked(folder / ".lock", blocking=True):
-        if not (folder / "dataset.json").is_file():
-            files = {name: _tried((root / name).read, root / name) for name in ("index.parquet", "dataset.json")}
+        if not _is_copy(folder, remote.info):
+            wanted = ["index.parquet", "dataset.json"]  # which makes a copy of it, so last
+            if _tried((root / takedown.SOURCES).is_file, root):
+                wanted.insert(0, takedown.SOURCES)
+            files = {name: _tried((root / name).read, root / name) for name in wanted}
             if _tried(lambda: ShardSet.open(root.uri), root).info != remote.info:
                 raise UserError(
                     f"DATA={root} changed while it was fetched: ingest is writing there; wait and try again"
@@ -284,6 +315,14 @@ def fetch(root: Place, cache: Path, *, rank: int = 0) -> Path:
             for name, data in files.items():
                 Place.at(folder / name).write(data)
     return folder
+
+
+def _is_copy(folder: Path, info: dict[str, Any]) -> bool:
+    """Is the copy finished, and of the set as it is now? What else was taken down since changes no track's version."""
+    try:
+        return (folder / "dataset.json").is_file() and read_info(Place.at(folder)) == info
+    except UserError:  # damaged
+        return False
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from musicgen.weights import non_commercial
 from training import budget, controls, finetune, record, sources
 from training.data import tracks_of
 
@@ -49,6 +50,7 @@ def data_lines(
         f"hears     {controls.described(config.lm.condition, encoder)}",
         *controls.untrained(config.lm.condition, shards, tracks_of(shards, "train").rows),
         *_left_out(shards),
+        *_licences(shards, config.licence),
         *_too_long(config, shards),
         f"steps     {config.steps}" + (f", going on from {start}" if start else again),
         f"unigram   {sum(unigram) / len(unigram):.3f} nats on the {on}, mean of the codebooks [{books}]: "
@@ -56,14 +58,34 @@ def data_lines(
     ]
 
 
+def _licences(shards: sources.Sources, licence: str) -> list[str]:
+    """The licences of the music and of the releases, with a warning where the latter promises more."""
+    found = sources.licences(shards)
+    more = f" and {len(found) - 6} more" if len(found) > 6 else ""
+    out = [f"licences  {', '.join(found[:6])}{more} (the music); {licence} (the releases, --licence)"]
+    bound = [name for name in found if non_commercial(name)]
+    if bound and licence != "not stated" and not non_commercial(licence):
+        out.append(
+            f"warning   music under {', '.join(bound)} may not be used commercially without its rightsholders' grant, "
+            f"and the releases are called {licence}; they say so to whoever loads them"
+        )
+    return out
+
+
 def _left_out(shards: sources.Sources) -> list[str]:
-    """A line where a mixture has validation tracks by those who are trained on in another of its sets."""
-    if not len(shards.heard_elsewhere):
-        return []
-    return [
-        f"valid     {len(shards.heard_elsewhere)} validation tracks are left out: their artist or work is trained on "
-        "in another set of the mixture"
-    ]
+    """Lines where a mixture leaves out tracks that a single set would have."""
+    out = []
+    if count := len(shards.taken_down):
+        out.append(
+            f"withdrawn {count} track{'s are' if count > 1 else ' is'} left out: the catalogue of another set of the "
+            "mixture took the same recording down"
+        )
+    if count := len(shards.heard_elsewhere):
+        out.append(
+            f"valid     {count} validation track{'s are' if count > 1 else ' is'} left out: their artist or work is "
+            "trained on in another set of the mixture"
+        )
+    return out
 
 
 def _too_long(config: TrainConfig, shards: sources.Sources) -> list[str]:

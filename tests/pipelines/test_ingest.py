@@ -435,9 +435,15 @@ def test_what_was_taken_down_stays_out_under_other_rows(
         return rejects(out)
 
     assert ingest(out) == {"twin_a": "duplicate", "twin_b": "duplicate"}
+    shutil.copytree(out, copy := tmp_path / "copy")
     file.unlink()  # with the file gone it is known from when it was in the set
     withdrawn = {"t002": "withdrawn", "twin_a": "withdrawn", "twin_b": "withdrawn"}
     assert ingest(out, status="withdrawn") == withdrawn
+    mixed = training_sources.open_data(f"{copy},{out}")  # trained on beside a copy from before
+    left = sorted(
+        mixed.index.column("track_id")[int(row)].as_py() for split in shard.SPLITS for row in mixed.rows(split)
+    )
+    assert left == sorted(2 * ["t000", "t001", "t003"])
     messages = pq.read_table(out / "rejects.parquet").column("message").to_pylist()
     assert "the same sound as track 't002', which is refused as withdrawn" in messages[1]
     capsys.readouterr()

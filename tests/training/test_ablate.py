@@ -10,6 +10,7 @@ import pytest
 from musicgen import patterns
 from tests.training.synthetic import write_dataset
 from training import ablate, record
+from training.config import task_of
 
 SMALL = shlex.split(
     "--size demo --lm.dim 32 --lm.num_layers 1 --lm.num_heads 2 --lm.codebook_size 64 --batch.crop_seconds 1.28 "
@@ -99,10 +100,14 @@ def test_the_papers_rows_are_patterns_of_ours() -> None:
         ablate.AblateConfig(patterns=("diagonal",))
 
 
-def test_a_shorter_training_for_equal_compute_is_not_all_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shorter_training_for_equal_compute_is_not_all_warm_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ablate, "_train", lambda config: {"pattern": config.lm.pattern, "config": config})
     chosen = ablate.AblateConfig(patterns=("delay", "flattening"))
-    found = ablate.run_all(chosen, ["--data", "x", "--steps", "1000", "--optim.warmup_steps", "400"])
+    data = str(write_dataset(tmp_path / "data", codec={"frame_rate": 75}))
+    found = ablate.run_all(chosen, ["--data", data, "--steps", "1000", "--optim.warmup_steps", "400"])
     whole, shorter = (found[table][1]["config"] for table in ("updates", "compute"))
     assert (whole.steps, whole.optim.warmup_steps) == (1000, 400)
     assert shorter.steps < 400 and shorter.optim.warmup_steps == shorter.steps // 10
+    assert task_of(whole).frames == whole.batch.crop_seconds * 75

@@ -108,6 +108,27 @@ def test_a_cache_follows_its_rows(catalog: Path, tmp_path: Path) -> None:
     assert gone not in data.open_cache(made, "train").track_ids
 
 
+def test_what_was_taken_down_trains_no_codec_under_another_row(catalog: Path, tmp_path: Path) -> None:
+    made = data.prepare(str(catalog), tmp_path / "pcm", SHAPE, SPLITS)
+    twin, other = data.open_cache(made, "train").track_ids[:2]
+    rows = {r["track_id"]: r for r in rows_of(catalog)}
+    (catalog.parent / "again.flac").write_bytes(flac(soundfile.read(catalog.parent / rows[twin]["uri"])[0]))
+    gone = rows[twin] | {"track_id": "gone", "uri": "again.flac", "rights": {"status": "Withdrawn"}}
+    lost = gone | {"track_id": "lost", "uri": "nowhere.flac"}
+    same_file = rows[other] | {
+        "track_id": "gone too",
+        "rights": rows[other]["rights"] | {"opt_out_signals": ["ai.txt"]},
+    }
+    more = catalog.with_name("more.jsonl")
+    more.write_text("".join(json.dumps(r) + "\n" for r in [*rows.values(), gone, lost, same_file]))
+    data.prepare(str(more), tmp_path / "pcm", SHAPE, SPLITS)
+    held = {name for split in ("train", "valid") for name in data.open_cache(made, split).track_ids}
+    assert held == rows.keys() - {twin, other}
+    refused = json.loads((made / "rejects.json").read_text())
+    assert refused[twin] == "the same sound as track 'gone', which is refused as withdrawn"
+    assert refused[other] == "the same sound as track 'gone too', which is refused as opt_out"
+
+
 def test_ranks_that_start_at_once_make_one_cache(catalog: Path, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from tests.training import test_codec_data as t\n"

@@ -17,11 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from musicgen import weights
 from musicgen.errors import UserError
+from pipelines import takedown
 from pipelines.shard import ShardSet, dataset_version, index_table, table_bytes
 from pipelines.store import Place
 from tests.training.synthetic import write_dataset
-from training import data, plan, sources
+from training import data, plan, sources, words
 from training.data import BatchConfig
 
 
@@ -103,6 +105,48 @@ def test_who_is_trained_on_in_one_set_is_not_validated_on_in_another(
     assert not {mixed.index.column("artist")[int(row)].as_py() for row in valid} & trained
     with pytest.raises(UserError, match=r"names .*one' twice; name it once"):
         sources.open_data(f"{one}:0.5,{one}/:0.5")
+
+
+def with_sources(folder: Path, facts: dict[str, dict[str, Any]]) -> Path:
+    """The set with what its sources became, as ingest keeps it."""
+    rows = [{"track_id": t, "work_id": "", "json_sha256": None, "facts": json.dumps(f)} for t, f in facts.items()]
+    table = pa.Table.from_pylist(rows, schema=takedown.SOURCES_SCHEMA)
+    (folder / takedown.SOURCES).write_bytes(table_bytes(table))
+    return folder
+
+
+def test_what_one_set_took_down_is_left_out_of_the_others(tmp_path: Path) -> None:
+    a, b, c = (write_dataset(tmp_path / name, tracks=4, valid=1, size=64) for name in "abc")
+    facts = {f"track-{n}": {"pcm_sha256": f"{n}" * 64, "source_sha256": f"{n}a" * 32} for n in range(4)}
+    before = sources.open_data(f"{a},{b},{c}")
+    assert not len(before.taken_down)  # nothing says which sounds they are
+    with_sources(a, facts)
+    gone = {"gone": takedown.remembered({"0" * 64, "3a" * 32}), "odd": {"reject": {}, "source_sha256": "1a" * 32}}
+    with_sources(b, facts | gone)
+    mixed = sources.open_data(f"{a},{b},{c}")
+    assert mixed.taken_down.tolist() == [0, 3]  # by its sound, by its file; b's own tracks are ingest's to judge
+    assert [mixed.rows(split).tolist() for split in ("train", "valid")] == [[1, 2, 4, 5, 6, 8, 9, 10], [7, 11]]
+    assert mixed.info["dataset_version"] != before.info["dataset_version"]
+    assert "2 tracks are left out: the catalogue of another set" in "".join(words._left_out(mixed))
+    assert not len(sources.open_data(str(a)).taken_down)
+    (b / takedown.SOURCES).write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"sources.parquet is damaged"):
+        sources.open_data(f"{a},{b}")
+
+
+def test_music_that_may_not_be_sold_is_told_at_the_start_and_with_the_release(two: tuple[Path, Path]) -> None:
+    shards = sources.open_data(str(two[1]))
+    assert words._licences(shards, "MIT") == ["licences  CC0-1.0 (the music); MIT (the releases, --licence)"]
+    names = [f"CC-BY-NC-{n}.0" for n in range(1, 8)] + ["CC0-1.0"] * (len(shards) - 7)
+    shards.index = shards.index.set_column(shards.index.schema.get_field_index("licence"), "licence", pa.array(names))
+    trained = sources.licences(shards)
+    first, warning = words._licences(shards, "MIT")
+    assert ("more (the music)" in first) is (len(trained) > 6)
+    assert "CC-BY-NC-1.0" in warning and "CC0" not in warning and "releases are called MIT" in warning
+    assert len(words._licences(shards, "cc-by-nc-4.0")) == len(words._licences(shards, "not stated")) == 1
+    told = weights.notice({"training": {"data_licences": trained}})
+    assert told.startswith("licence   these weights learned from music under CC-BY-NC-1.0") and "CC0" not in told
+    assert not weights.notice({"training": {"data_licences": ["CC0-1.0"]}}) and not weights.notice({})
 
 
 def test_a_folder_may_be_named_like_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +290,12 @@ def test_a_remote_set_is_fetched_once_and_checked(two: tuple[Path, Path], store:
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.tar")} == times and len(read) == 50
     row = int(read.rows("train")[0])
     assert np.array_equal(read.codes(row), ShardSet.open(str(two[0])).codes(row))
+    barred = with_sources(tmp_path, {"t": takedown.remembered({"0" * 64})}) / takedown.SOURCES
+    (Place.at(uri) / takedown.SOURCES).write(barred.read_bytes())  # taken down since, and it was never in the set
+    info = json.loads((two[0] / "dataset.json").read_text()) | {"counts": {"rejects": 1}}
+    (Place.at(uri) / "dataset.json").write(json.dumps(info).encode())
+    assert takedown.barred(Place.at(sources.fetch(Place.at(uri), tmp_path))) == {"0" * 64}
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.tar")} == times  # the shards are those that were there
     altered = bytearray((two[1] / "shards/train-00000.tar").read_bytes())
     altered[600] ^= 1
     bad = store.replace("SET", "bad")

@@ -117,8 +117,9 @@ def write_cache(
 
 def _make(chosen: sources.Selection, source: str, cache: Path, shape: CodecConfig, workers: int) -> None:
     """Decode what was chosen into the cache; see `prepare`."""
+    barred = sources.barred(chosen)
     for split, tracks in chosen.splits.items():
-        decoded = sources.decode(tracks, shape, chosen.rejects, workers, split)
+        decoded = sources.decode(tracks, shape, chosen.rejects, workers, split, barred)
         write_cache(cache, split, decoded, shape.channels, shape.sample_rate_hz)
         if not open_cache(cache, split, shape).track_ids:
             raise UserError(

@@ -3,11 +3,12 @@
 Audio shards are WebDataset tars: per track `<key>.flac` (or wav, mp3, ogg, opus, m4a) and `<key>.json`, the track's
 catalogue row. They are read through their member offsets, so a track's bytes travel once and only when it is admitted.
 Either way rows pass the rights gate, the decoder, the level checks and the split of ingest: a track that may not become
-tokens may not train a codec, and a file without a row has no rights.
+tokens may not train a codec, a file without a row has no rights, and what was taken down stays out under other rows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tarfile
@@ -25,7 +26,7 @@ from pipelines.catalog import FORMATS, Row, loads, validate
 from pipelines.catalog import read as read_catalog
 from pipelines.checks import CheckConfig
 from pipelines.checks import first as first_problem
-from pipelines.rights import RightsConfig, admit
+from pipelines.rights import RightsConfig, admit, takes_down
 from pipelines.store import Place
 
 SPLITS = ("train", "valid")
@@ -42,15 +43,18 @@ class Track:
 
 @dataclass
 class Selection:
-    """Admitted tracks by split, and what was refused: reason by track id."""
+    """Admitted tracks by split, what was refused (reason by track id), and what was taken down (with reject code)."""
 
     splits: dict[str, list[Track]]
     rejects: dict[str, str]
+    taken_down: list[tuple[Track, str]]
 
     def digest(self, shape: CodecConfig, splits: SplitConfig) -> str:
         """Hash of everything that decides the decoded audio; a cache of another one is made anew."""
         parts = {split: [track.row.digest for track in tracks] for split, tracks in self.splits.items()}
-        text = json.dumps([parts, shape.sample_rate_hz, shape.channels, repr(splits), repr(CheckConfig())])
+        gone = [track.row.digest for track, _ in self.taken_down]
+        rules = [shape.sample_rate_hz, shape.channels, repr(splits), repr(CheckConfig())]
+        text = json.dumps([parts, *rules, *([gone] if gone else [])])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -96,7 +100,8 @@ def select(source: str, splits: SplitConfig) -> Selection:
                 f"DATA {source!r} has no admissible track in split {split!r} ({len(rejects)} of "
                 f"{len(tracks) or len(rejects)} refused{_first_reason(rejects)}); codec training needs both splits"
             )
-    return Selection(chosen, rejects)
+    gone = [(t, code) for t in tracks if t.row.track_id and t.row.values["uri"] and (code := takes_down(t.row.rights))]
+    return Selection(chosen, rejects, gone)
 
 
 def _first_reason(rejects: dict[str, str]) -> str:
@@ -147,8 +152,25 @@ def _members(tar: Place) -> dict[str, dict[str, tuple[int, int]]]:
     return found
 
 
+def barred(chosen: Selection) -> dict[str, tuple[str, str]]:
+    """Sounds that were taken down, as far as their files are there: SHA-256 of file and sound -> track id and code."""
+    decoder, found = audio.Decoder(audio.DecodeConfig(), CheckConfig().max_seconds), {}
+    for track, code in chosen.taken_down:
+        with contextlib.suppress(audio.DecodeError, OSError, UserError):
+            data = track.read()
+            found[hashlib.sha256(data).hexdigest()] = str(track.row.track_id), code
+            found[audio.pcm_sha256(decoder.decode(data))] = str(track.row.track_id), code
+    decoder.close()
+    return found
+
+
 def decode(
-    tracks: list[Track], shape: CodecConfig, rejects: dict[str, str], workers: int, split: str
+    tracks: list[Track],
+    shape: CodecConfig,
+    rejects: dict[str, str],
+    workers: int,
+    split: str,
+    barred: dict[str, tuple[str, str]],
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Decoded, checked and resampled tracks `(track_id, [C, N])` in order, with a bar; refusals go to `rejects`."""
     from concurrent.futures import ThreadPoolExecutor
@@ -162,10 +184,14 @@ def decode(
         if not hasattr(mine, "decoder"):
             mine.decoder = audio.Decoder(audio.DecodeConfig(), limits.max_seconds)
         try:
-            decoded = mine.decoder.decode(track.read())
+            data = track.read()
+            decoded = mine.decoder.decode(data)
             audio.verify(decoded, limits)
         except (audio.DecodeError, OSError) as error:
             return str(error)
+        own = (hashlib.sha256(data).hexdigest(), audio.pcm_sha256(decoded)) if barred else ()
+        if twin := next((barred[sha256] for sha256 in own if sha256 in barred), None):
+            return f"the same sound as track {twin[0]!r}, which is refused as {twin[1]}"
         refused = first_problem(decoded.pcm, decoded.sample_rate_hz, limits)
         if refused is not None:
             return refused.message
