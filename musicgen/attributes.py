@@ -97,8 +97,8 @@ class AttributeConfig:
         for label in labels:
             row = self._rows.get(_plain(label), self._rows.get(_key(label) or str(label)))
             if row is None:
-                near = difflib.get_close_matches(_plain(label), [_plain(v) for v in self.values], n=1, cutoff=0.0)
-                hint = f"; did you mean {self.values[self._rows[near[0]]]!r}?" if near else ""
+                near = difflib.get_close_matches(_plain(label), [_plain(v) for v in self.values], n=1)
+                hint = f"; did you mean {self.values[self._rows[near[0]]]!r}?" if near else "."
                 raise UserError(
                     f"attribute {self.name!r} has no value {str(label).strip()!r}{hint} Known: {', '.join(self.values)}"
                 )

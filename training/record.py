@@ -27,6 +27,32 @@ from training import wandb_file
 
 log = logging.getLogger(__name__)
 
+# What a line of metrics.jsonl, and W&B, may hold beside `step`. `K` stands for a codebook from 1.
+NAMES = {
+    "train/loss": "cross-entropy in nats per code over the step's global batch, mean of the codebooks",
+    "train/loss_qK": "the same of one codebook",
+    "train/ppl_qK": "its perplexity",
+    "train/lr": "learning rate of the step",
+    "train/d": "step size that D-Adaptation or Prodigy has found",
+    "train/grad_norm": "norm of the gradient before clipping",
+    "train/audio_seconds": "audio that the run has seen",
+    "train/audio_seconds_per_second": "speed since the line before, over all ranks",
+    "train/mfu": "model FLOP of a step by `budget.FLOP_RULE` over its time and the device's peak",
+    "train/outside_model_share": "share of the time neither in the model nor in its optimiser (aim: under 0.03)",
+    "train/memory_gib": "peak memory of rank 0: of its GPU, or of the process",
+    "seconds/step": "a step, mean since the line before",
+    "seconds/data": "of it waiting for the loader",
+    "seconds/text": "last step: text encoder",
+    "seconds/forward": "last step: model and loss",
+    "seconds/backward": "last step: gradients",
+    "seconds/optimizer": "last step: clipping, update, moving average",
+    "seconds/communication": "last step: what shows of ranks talking, within the phases above",
+    "seconds/communication_total": "last step: all of it",
+    "valid/loss": "nats per code of the averaged weights on the fixed crops",
+    "valid/loss_qK": "the same of one codebook",
+    "valid/ppl_qK": "its perplexity",
+    "valid/below_unigram": "nats below a model that only knows how common each code is",
+}
 STEP = "trainer/global_step"  # Lightning's name for the step in W&B
 INIT_SECONDS, FINISH_SECONDS = 30.0, 60.0  # how long a W&B server may keep a run waiting
 

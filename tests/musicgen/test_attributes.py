@@ -77,6 +77,8 @@ def test_what_is_unknown_is_refused_with_the_nearest() -> None:
         UserError, match=r"attribute 'genre' has no value 'jaz'; did you mean 'jazz'.* Known: jazz, folk"
     ):
         named.weights(ALL, {"genre": "jaz"})
+    with pytest.raises(UserError, match=r"attribute 'genre' has no value 'quartz'\. Known: jazz, folk"):
+        named.weights(ALL, {"genre": "quartz"})
     for wrong in ("fast", "300", "nan"):
         with pytest.raises(UserError, match="give a number from 40 to 240"):
             named.weights(ALL, {"tempo": wrong})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import socket
 import threading
@@ -52,6 +53,12 @@ def test_phases_lie_end_to_end_and_make_the_step(run: Path, data: Path) -> None:
     inside = sum(row[f"seconds/{phase}"] for phase in phases) + row["seconds/data"]
     assert 0.3 * row["seconds/step"] < inside < 3 * row["seconds/step"]
     assert not any("communication" in name for name in row)  # one process talks to nobody
+
+
+def test_a_run_records_nothing_that_has_no_name(run: Path) -> None:
+    found = {re.sub(r"_q\d+$", "_qK", name) for row in record.read_metrics(run / "metrics.jsonl") for name in row}
+    assert found - {"step"} <= record.NAMES.keys()
+    assert record.NAMES.keys() - found <= {"train/d", "seconds/communication", "seconds/communication_total"}
 
 
 def test_waiting_for_data_shows(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
