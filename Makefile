@@ -90,8 +90,8 @@ check: dev ## ruff, mypy, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check-finetune: setup ## [DATA=… MODEL=demo]: fine-tune on ten minutes, whole and by an adapter: does it help, and not collapse?
-	$(BIN)/python -m training.finetune_check --model "$(or $(MODEL),demo)" --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --out "$(or $(OUT),runs/check-finetune)" $(ARGS)
+check-finetune: setup ## [DATA=… MODEL=demo]: fine-tune on ten minutes (which ship), whole and by an adapter: does it help, and not collapse?
+	$(BIN)/python -m training.finetune_check --model "$(or $(MODEL),demo)" --size "$(SIZE)" --data "$(or $(DATA),musicgen/assets/held_out)" --out "$(or $(OUT),runs/check-finetune)" $(ARGS)
 
 ablate: setup ## [DATA=… STEPS=400 OUT=runs/ablate]: the paper's codebook patterns for equal updates and equal compute
 	$(BIN)/python -m training.ablate --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --out "$(or $(OUT),runs/ablate)" $(if $(STEPS),--steps "$(STEPS)") $(ARGS)
@@ -100,7 +100,7 @@ check-music: setup ## [MODEL=… DATA=…]: does the model make music, and the m
 	$(BIN)/python -m training.music_check --model "$(or $(MODEL),demo)" --data "$(or $(DATA),$(DEMO)/data)" $(ARGS)
 
 check-style: setup ## DATA=… RUN=…: what a style by example brings to the demo model (trains it first)
-	$(BIN)/python -m training.style_check --data "$(or $(DATA),data/assets/tokens)" --run "$(or $(RUN),runs/style)" $(ARGS)
+	$(BIN)/python -m training.style_check --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/style)" $(ARGS)
 
 check-melody: setup ## DATA=… RUN=…: does augmentation help a melody model? (DATA with --chroma_variants; trains two or three)
 	$(BIN)/python -m training.melody_check --data "$(or $(DATA),data/melody)" --runs "$(or $(RUN),runs/melody)" $(ARGS)

@@ -1,14 +1,14 @@
-"""Does fine-tuning on ten minutes of music help, without collapsing? `make check-finetune DATA=…`, as a table.
+"""Does fine-tuning on ten minutes of music help, without collapsing? `make check-finetune [DATA=…]`, as a table.
 
-    python -m training.finetune_check --data data/assets/tokens --out runs/check-finetune
+    python -m training.finetune_check --data musicgen/assets/held_out --out runs/check-finetune
 
-The music is that of artists whom the base model has not heard: those of the validation split with the most music,
-unless they are named, as it is or as an old tape would have it (`--sound`, see `training.rerecord`). A fifth of their
-works is held out. The base is fine-tuned twice, whole and by an adapter, as
-`make train INIT=… [LORA=…]` does it by default, each in a run folder of its own (so that this command goes on where it
-stopped). Base and results are scored on the held-out works (did it learn?), over the whole run (did it collapse?), on
-the other artists of the validation split (what did it forget?), and by clips of the same prompts and seeds (is it noise
-or silence?). The exit code says whether all is well.
+The music is that of artists whom the base model has not heard (half an hour by such artists ships for the demo model):
+those of the validation split with the most music, unless they are named, as it is or as an old tape would have it
+(`--sound`, see `training.rerecord`). A fifth of their works is held out. The base is fine-tuned twice, whole and by an
+adapter, as `make train INIT=… [LORA=…]` does it by default, each in a run folder of its own (so that this command goes
+on where it stopped). Base and results are scored on the held-out works (did it learn?), over the whole run (did it
+collapse?), on the other artists of the validation split (what did it forget?), and by clips of the same prompts and
+seeds (is it noise or silence?). The exit code says whether all is well.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class FinetuneCheckConfig:
 
     model: str = "demo"
     size: str = "demo"
-    data: str = "data/demo"
+    data: str = "musicgen/assets/held_out"
     artists: tuple[str, ...] = ()
     sound: Literal["as_is", "old_tape"] = "old_tape"
     minutes: float = 10.0

@@ -3,6 +3,7 @@
     python -m pipelines.demo.catalogue --out DIR --embedded          # the committed set, ~41 minutes
     python -m pipelines.demo.catalogue --out DIR --hours 12          # the same kind, FLAC 32 kHz stereo
     python -m pipelines.demo.catalogue --out DIR --hours 4 --stems   # and each track's stems beside it
+    python -m pipelines.demo.catalogue --out DIR --hours 0.5 --held-out   # of the validation side's artists alone
 
 A plan follows from the seed alone: tracks go through the styles in turn, each style through its artists
 (the one on the validation side has the smallest discography), each artist alternates between his
@@ -155,13 +156,15 @@ def plan(
             )
 
 
-def plan_hours(hours: float, seed: int) -> list[Track]:
-    """Tracks of 20–40 s until they last ``hours`` together."""
+def plan_hours(hours: float, seed: int, held_out: bool = False) -> list[Track]:
+    """Tracks of 20–40 s until they last ``hours`` together; ``held_out``: by artists of the validation side alone."""
     chosen: list[Track] = []
     total = 0.0
     for track in plan("music", seed, (20.0, 40.0)):
         if total >= hours * 3600:
             return chosen
+        if held_out and split_side(track.artist) != "valid":
+            continue
         chosen.append(track)
         total += score_of(track).seconds
     raise AssertionError("the plan never ends")
@@ -267,9 +270,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     parser.add_argument("--rows-only", action="store_true", help="write catalog.jsonl, render nothing")
     parser.add_argument("--stems", action="store_true", help="render each track's stems too; with --hours")
+    parser.add_argument("--held-out", action="store_true", help="artists of the validation side alone; with --hours")
     args = parser.parse_args(argv)
     if args.stems and args.hours is None:
         parser.error("--stems goes with --hours: the committed catalogue has none")
+    if args.held_out and args.hours is None:
+        parser.error("--held-out goes with --hours: the committed catalogue has both sides")
     if args.hours is not None and args.hours <= 0:
         parser.error(f"--hours {args.hours}: give a positive number of hours")
     if args.embedded:
@@ -277,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
 
         build(args.out, args.seed, args.workers)
         return
-    tracks = plan_hours(args.hours, args.seed)
+    tracks = plan_hours(args.hours, args.seed, args.held_out)
     print(summary(tracks))
     args.out.mkdir(parents=True, exist_ok=True)
     write_rows([row_of(track, stems=args.stems) for track in tracks], args.out / "catalog.jsonl")
