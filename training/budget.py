@@ -438,7 +438,8 @@ def _why_recomputed(chosen: Plan, fitting: Sequence[Plan], smallest: dict[str, P
 def _layouts(task: Task, ranks: int, nodes: int, strategy: str, shard_group: int) -> list[tuple[Strategy, int, str]]:
     """Strategies worth trying, in order, each with the ranks per copy and the reason."""
     if ranks == 1:
-        return [("single", 1, "one process")]
+        moot = f"; hardware.strategy {strategy} takes several" if strategy not in ("auto", "single") else ""
+        return [("single", 1, f"one process{moot}")]
     if task.adapter:
         if strategy not in ("auto", "ddp"):
             raise UserError(

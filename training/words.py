@@ -89,7 +89,7 @@ def _left_out(shards: sources.Sources) -> list[str]:
 
 
 def _too_long(config: TrainConfig, shards: sources.Sources) -> list[str]:
-    """Lines for settings that are longer than what they are of: a warm-up than the run, a crop than any track."""
+    """Lines for what is longer than what it is of: warm-up and stop_at than the run, a crop than any track."""
     longest = float(tracks_of(shards, "train").frames.max()) / shards.info["codec"]["frame_rate"]
     warm, crop, out = config.optim.warmup_steps, config.batch.crop_seconds, []
     if warm >= config.steps:
@@ -98,6 +98,8 @@ def _too_long(config: TrainConfig, shards: sources.Sources) -> list[str]:
             f"{config.steps / warm:.0%} of optim.lr; a tenth of the steps is usual, "
             f"--optim.warmup_steps {max(config.steps // 10, 1)}"
         )
+    if config.stop_at > config.steps:
+        out.append(f"warning   stop_at {config.stop_at} lies past the last of {config.steps} steps, which ends the run")
     if crop > longest:
         out.append(
             f"warning   no training track is as long as a crop: the longest has {longest:.1f} s, batch.crop_seconds is "

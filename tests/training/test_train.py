@@ -142,9 +142,12 @@ def test_a_mixture_trains_and_is_named(data: Path, tmp_path: Path, capsys: pytes
 def test_what_is_longer_than_what_it_is_of_is_told(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    go(data, tmp_path / "run", "--steps", "2", "--optim.warmup_steps", "50", "--batch.crop_seconds", "64")
+    more = ["--stop_at", "3", "--hardware.strategy", "fsdp"]
+    go(data, tmp_path / "run", "--steps", "2", "--optim.warmup_steps", "50", "--batch.crop_seconds", "64", *more)
     told = capsys.readouterr().out
     assert "warning   the warm-up (optim.warmup_steps 50) takes all 2 steps; the rate gets to 4% of" in told
+    assert "warning   stop_at 3 lies past the last of 2 steps" in told
+    assert "strategy  single: one process; hardware.strategy fsdp takes several" in told
     assert "warning   no training track is as long as a crop" in told and "batch.crop_seconds is 64" in told
 
 
