@@ -56,8 +56,8 @@ test-slow: dev ## the kill, soak and browser checks that the default suite leave
 ingest: setup ## CATALOG=… OUT=…: licensed catalogue to shards (safe to run again)
 	$(BIN)/python -m pipelines.ingest --catalog "$(or $(CATALOG),musicgen/assets/catalogue/catalog.jsonl)" --out "$(or $(OUT),data/demo)" $(ARGS)
 
-plan: setup ## SIZE=3.3b GPUS=64 GPU=h100-80 [INIT=… LORA=16]: memory, strategy, time of a training, before anything is bought
-	$(BIN)/python -m training.forecast --size "$(SIZE)" $(if $(GPUS),--gpus "$(GPUS)") $(if $(GPU),--gpu "$(GPU)") $(if $(INIT),--init "$(INIT)") $(if $(LORA),--lora.rank "$(LORA)") $(ARGS)
+plan: setup ## SIZE=3.3b GPUS=64 GPU=h100-80 [DATA=… INIT=… LORA=16]: memory, strategy, time of a training, before anything is bought
+	$(BIN)/python -m training.forecast --size "$(SIZE)" $(if $(DATA),--data "$(DATA)") $(if $(GPUS),--gpus "$(GPUS)") $(if $(GPU),--gpu "$(GPU)") $(if $(INIT),--init "$(INIT)") $(if $(LORA),--lora.rank "$(LORA)") $(ARGS)
 
 train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=… [GPUS=8 INIT=model LORA=16 RAY=auto]: train, fine-tune, or resume the same RUN
 	@case "$(GPUS)" in 0*|*[!0-9]*) echo "error: GPUS=$(GPUS): give a whole number of at least 1, the GPUs (or processes) of each machine" >&2; exit 2;; esac

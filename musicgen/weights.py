@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -322,9 +323,9 @@ def check_codec(info: dict[str, Any], codec: Any) -> None:
 
 
 def ancestor(model: str, licence: str | None, training: dict[str, Any]) -> dict[str, Any]:
-    """A model as those that are made of it name it."""
-    version = training.get("data_version")
-    return {"model": model, "licence": licence, **({"data_version": version} if version else {})}
+    """A model as those that are made of it name it: with the version and the licences of the data it learned from."""
+    known = {name: training[name] for name in ("data_version", "data_licences") if training.get(name)}
+    return {"model": model, "licence": licence, **known}
 
 
 def inherited(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -336,24 +337,40 @@ def inherited(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def non_commercial(licence: str | None) -> bool:
-    """Whether a licence forbids commercial use, by its name in any case of letters."""
-    return "-NC" in str(licence).upper()
+    """Whether a licence forbids commercial use, by its name in any case of letters.
+
+    A choice (`OR`) with a licence that allows it does not; the terms of a private deal (`LicenseRef-…`) are not in its
+    name.
+    """
+    choices = re.split(r"\s+OR\s+", str(licence), flags=re.IGNORECASE)
+    return all(re.search(r"(?<!LicenseRef)-NC(?![a-z0-9])", choice, re.IGNORECASE) for choice in choices)
 
 
 def notice(info: dict[str, Any]) -> str:
     """What a user of this release must know: the licences it inherits, and music that may not be sold; else empty."""
+    inherits = info.get("inherited", [])
     lines = [
-        f"licence   these weights derive from {item['model']}: {item['licence'] or 'not stated'}"
+        f"licence   these weights derive from {_plain(item['model'])}: {_plain(item['licence'] or 'not stated')}"
         + ("; not for commercial use, nor is what is trained from them" if non_commercial(item["licence"]) else "")
-        for item in info.get("inherited", [])
+        for item in inherits
     ]
-    heard = info.get("training", {}).get("data_licences", [])
-    if bound := [str(name) for name in (heard if isinstance(heard, list) else ()) if non_commercial(name)]:
+    heard: dict[str, None] = {}
+    for known in (info.get("training", {}), *inherits):
+        names = known.get("data_licences", [])
+        named = [names] if isinstance(names, str) else names if isinstance(names, list) else []
+        heard |= dict.fromkeys(map(_plain, named))
+    if bound := [name for name in heard if non_commercial(name)]:
+        more = f" and {len(bound) - 6} more" if len(bound) > 6 else ""
         lines.append(
-            f"licence   these weights learned from music under {', '.join(bound)}: ask its rightsholders before "
-            "commercial use"
+            f"licence   these weights learned from music under {', '.join(bound[:6])}{more}: ask its rightsholders "
+            "before commercial use"
         )
     return "\n".join(lines)
+
+
+def _plain(text: Any) -> str:
+    """A foreign text as one short line that a terminal only prints."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:200])
 
 
 def initial_state(

@@ -449,10 +449,14 @@ def counts(rows_in: int, index: pa.Table, rejects: Sequence[dict[str, Any]]) -> 
 
 def write_tables(
     root: Place, index: pa.Table, rejects: Sequence[dict[str, Any]], sources: Sequence[dict[str, Any]]
-) -> str:
-    """Index, rejects and sources; each whole or absent. Returns the sha256 of the index file."""
-    data = shard.table_bytes(index)
-    (root / "index.parquet").write(data)
-    (root / "rejects.parquet").write(shard.table_bytes(pa.Table.from_pylist(list(rejects), schema=REJECTS_SCHEMA)))
-    (root / SOURCES).write(shard.table_bytes(pa.Table.from_pylist(list(sources), schema=SOURCES_SCHEMA)))
-    return hashlib.sha256(data).hexdigest()
+) -> dict[str, str]:
+    """Index, rejects and sources; each whole or absent. Returns what dataset.json says of them."""
+    tables = {
+        "index": index,
+        "rejects": pa.Table.from_pylist(list(rejects), schema=REJECTS_SCHEMA),
+        "sources": pa.Table.from_pylist(list(sources), schema=SOURCES_SCHEMA),
+    }
+    data = {name: shard.table_bytes(table) for name, table in tables.items()}
+    for name in data:
+        (root / f"{name}.parquet").write(data[name])
+    return {f"{name}_sha256": hashlib.sha256(data[name]).hexdigest() for name in ("index", "sources")}

@@ -474,7 +474,7 @@ class Ingest:
             "shards": hashes,
         }
         tables = (index, rejected, assemble.source_rows(entries, self.facts))
-        info["index_sha256"] = assemble.write_tables(self.root, *tables)
+        info |= assemble.write_tables(self.root, *tables)
         metas = {e.track_id: e.meta for e in entries}
         report.write(self.root, info, [metas[t] for t in index.column("track_id").to_pylist()], rejected)
         (self.root / "dataset.json").write(json.dumps(info, indent=1, sort_keys=True, ensure_ascii=False).encode())

@@ -1,8 +1,9 @@
 """What was taken down stays out: under another row, as a stem, in another set of a mixture, in a codec's training.
 
-A recording is known by the SHA-256 of its file, of its decoded sound and of its stems' files. Ingest keeps those of
-every row of the catalogue that is withdrawn or opted out in `sources.parquet`; whoever reads a set can ask it which
-sounds those are (`barred`), and which of its own tracks have one of them (`tracks_with`).
+A recording is known by the SHA-256 of its file, of its decoded sound and of its stems' files, where stems are read.
+Ingest keeps those of every row of the catalogue that is withdrawn or opted out in `sources.parquet`. Whoever reads a
+set opens that table (`SourcesTable`) and asks which sounds those are (`barred`), and which of the set's own tracks have
+one of them (`tracks_with`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines import shard
 from pipelines.checks import Reject
@@ -55,42 +57,58 @@ def refused(codes: dict[str, str], facts: dict[str, dict[str, Any]], tracks: Ite
     return found
 
 
-def barred(root: Place) -> set[str]:
-    """SHA-256 of every sound that the catalogue of a finished set has taken down; empty where the set does not say.
+class SourcesTable:
+    """sources.parquet of a finished set; `table` is None where there is none, as in a copy of the shards alone."""
 
-    Raises:
-        UserError: sources.parquet is damaged.
-    """
-    return {sha256 for _, facts in _facts(root, '"sounds"') if facts.keys() == {"sounds"} for sha256 in sounds(facts)}
+    def __init__(self, place: Place, table: pa.Table | None) -> None:
+        self.place, self.table = place, table
 
+    @classmethod
+    def of(cls, shards: shard.ShardSet) -> SourcesTable:
+        """Open the table of a set.
 
-def tracks_with(root: Place, wanted: Container[str]) -> set[str]:
-    """The ids of a set's tracks whose file, sound or stem is among `wanted` (SHA-256).
+        Raises:
+            UserError: it is damaged, or not the one that dataset.json describes (sets from before do not say which).
+        """
+        place = shards.root / SOURCES
+        if not place.is_file():
+            return cls(place, None)
+        table, sha256 = shard.read_table(place, SOURCES_SCHEMA, ("json_sha256",))
+        if shards.info.get("sources_sha256", sha256) != sha256:
+            raise shard.damaged(place, "it was changed since dataset.json was written")
+        return cls(place, table.select(["track_id", "facts"]))
 
-    Raises:
-        UserError: sources.parquet is damaged.
-    """
-    found = _facts(root, '"pcm_sha256"')
-    return {track_id for track_id, facts in found if any(sha256 in wanted for sha256 in sounds(facts))}
+    def barred(self) -> dict[str, str]:
+        """Every sound that the set's catalogue has taken down: SHA-256 -> track id."""
+        gone = [(track_id, facts) for track_id, facts in self._facts('"sounds"') if facts.keys() == {"sounds"}]
+        return {sha256: track_id for track_id, facts in gone for sha256 in sounds(facts)}
 
+    def tracks_with(self, wanted: Container[str]) -> dict[str, str]:
+        """The set's tracks whose file, sound or stem is among `wanted` (SHA-256): track id -> the one that is."""
+        found = {}
+        for track_id, facts in self._facts('"pcm_sha256"'):
+            if hit := next((sha256 for sha256 in sorted(sounds(facts)) if sha256 in wanted), None):
+                found[track_id] = hit
+        return found
 
-def _facts(root: Place, holding: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Ids and facts of what a set's sources became, of those whose facts hold a text: only these are parsed."""
-    place = root / SOURCES
-    if not place.is_file():  # a copy of the shards alone
-        return
-    table, _ = shard.read_table(place, SOURCES_SCHEMA, ("json_sha256",))
-    for track_id, text in zip(*(table.column(name).to_pylist() for name in ("track_id", "facts"))):
-        if holding in text:
-            yield track_id, facts_of(place, track_id, text)
+    def _facts(self, holding: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Ids and facts of the rows whose facts hold a text; the others of perhaps a million are not parsed."""
+        if self.table is None:
+            return
+        rows = self.table.filter(pc.match_substring(self.table.column("facts"), holding))
+        for batch in rows.to_batches(max_chunksize=10_000):
+            for row in batch.to_pylist():
+                yield row["track_id"], facts_of(self.place, row["track_id"], row["facts"])
 
 
 def facts_of(place: Place, track_id: str, text: str) -> dict[str, Any]:
-    """A row's facts. Raises `UserError` where they are no JSON object."""
+    """A row's facts. Raises `UserError` where they are not what ingest writes."""
     try:
         facts = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise shard.damaged(place, f"facts of {track_id!r} are not JSON") from error
-    if not isinstance(facts, dict):
-        raise shard.damaged(place, f"facts of {track_id!r} are no JSON object")
+        hashes = [facts.get(name) for name in ("source_sha256", "pcm_sha256")]
+        hashes += [*facts.get("sounds", []), *facts.get("stems", {}).get("sha256", {}).values()]
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:
+        raise shard.damaged(place, f"facts of {track_id!r} are not those of a track") from error
+    if not isinstance(facts.get("sounds", []), list) or not all(isinstance(h, str | None) for h in hashes):
+        raise shard.damaged(place, f"hashes of {track_id!r} are no texts")
     return facts

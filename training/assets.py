@@ -26,6 +26,7 @@ from pathlib import Path
 from musicgen import codec as codecs
 from musicgen import settings, weights
 from musicgen.errors import UserError
+from pipelines.shard import ShardSet
 
 ROOT = Path(__file__).resolve().parent.parent
 CATALOGUE = codecs.DEMO_FOLDER.parent / "catalogue"
@@ -155,8 +156,11 @@ def held_out(config: AssetsConfig, work: Path) -> None:
         str(music / "catalog.jsonl"), "--out", str(made), "--codec", _codec_name(config), "--buckets", "1",
         fine=(0, 1),  # it says that the set has no track to train on: all are validation's
     )  # fmt: skip
+    shards = ShardSet.open(str(made))
+    if not len(shards.rows("valid")):
+        raise UserError(f"{made} holds no track; see above")
     shutil.rmtree(target, ignore_errors=True)
-    _ship(made, target, [str(f.relative_to(made)) for f in made.rglob("*") if f.is_file() and f.parent.name != "card"])
+    _ship(made, target, ["index.parquet", "sources.parquet", *shards.info["shards"], "dataset.json"])
 
 
 def model(config: AssetsConfig, work: Path) -> None:

@@ -24,10 +24,12 @@ import numpy as np
 import torch
 
 from musicgen import adapters, files, generate, settings, weights
+from musicgen.codec import DEMO_FOLDER
 from musicgen.conditioning import TextEncoder
 from musicgen.errors import UserError
 from musicgen.metrics import audio as measures
 from musicgen.sampling import SamplingConfig
+from pipelines.shard import SPLITS
 from training import data, finetune, loss, record, rerecord, selection, sources, train
 from training.config import read_config
 from training.module import MusicLMModule
@@ -35,6 +37,8 @@ from training.music_check import NOISE_FLATNESS, SILENT_SHARE
 from training.optim import OptimConfig
 from training.selection import Selection
 from training.start import load_codec
+
+HELD_OUT = DEMO_FOLDER.parent / "held_out"
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class FinetuneCheckConfig:
     Args:
         model: the base: `demo`, a release folder or a hub name.
         size: its size, whose settings of fine-tuning are used.
-        data: a data set of ingest that holds artists whom the base has not heard.
+        data: a data set of ingest that holds artists whom the base has not heard; such music ships for the demo model.
         artists: whose music; when empty, artists of the validation split, those with the most music first.
         sound: `as_is`, or `old_tape`, a sound that no model of the demo has heard.
         minutes: music to train on.
@@ -60,7 +64,7 @@ class FinetuneCheckConfig:
 
     model: str = "demo"
     size: str = "demo"
-    data: str = "musicgen/assets/held_out"
+    data: str = str(HELD_OUT)
     artists: tuple[str, ...] = ()
     sound: Literal["as_is", "old_tape"] = "old_tape"
     minutes: float = 10.0
@@ -127,7 +131,8 @@ def check(config: FinetuneCheckConfig) -> dict[str, Any]:
     chosen = Selection(artists=tuple(artists), minutes=config.minutes, hold_out=config.hold_out)
     place, names = config.data, whole.index.column("artist")
     if config.sound == "old_tape":
-        mine = [r for r in range(len(whole)) if names[r].as_py() in artists]
+        every = np.concatenate([whole.rows(split) for split in SPLITS]).tolist()
+        mine = [row for row in every if names[row].as_py() in artists]
         place = str(rerecord.write(whole, mine, load_codec(whole, ""), Path(config.out) / "tape"))
     own, rest = sources.open_data(place), sources.open_data(config.data)
     selection.apply(own, chosen)

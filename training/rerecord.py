@@ -7,6 +7,8 @@ as 30.2 kHz) and band-limited to 3 kHz, and encoded again.
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,16 +35,23 @@ def old_tape(audio: np.ndarray, rate: int) -> np.ndarray:
 
 @torch.no_grad()
 def write(shards: Sources, rows: list[int], codec: Codec, folder: Path) -> Path:
-    """A data set of these rows as from an old tape, all in the split `train`; returns its folder (made once).
+    """A data set of these rows as from an old tape, all in the split `train`; returns its folder.
 
-    Captions, works, artists and licences are those of the originals; the melody is not carried over.
+    Captions, works, artists and licences are those of the originals; the melody is not carried over. A folder made of
+    the same tracks stays as it is, one of others is made anew. Tracks that two sets of a mixture share are taken once.
     """
-    if (folder / "dataset.json").is_file():
-        return folder
+    keys = shards.index.column("key")
+    once = {keys[row].as_py(): row for row in reversed(rows)}
+    made_from = hashlib.sha256("\n".join([codec.identity, *sorted(once)]).encode()).hexdigest()
+    described = Place.at(str(folder)) / "dataset.json"
+    if described.is_file():
+        if shard.read_info(described.parent).get("made_from") == made_from:
+            return folder
+        shutil.rmtree(folder)
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     records: list[shard.Record] = []
     index: dict[str, dict[str, Any]] = {}
-    for row in sorted(rows, key=lambda r: shards.index.column("key")[r].as_py()):
+    for _, row in sorted(once.items()):
         audio = codec.decode(torch.from_numpy(shards.codes(row).astype(np.int64))[None])[0].cpu().numpy()
         codes = codec.encode_track(old_tape(audio, codec.sample_rate))
         records.append(shard.make_record(codes, np.full(-(-codes.shape[1] // 6), 255), shards.meta(row)))
@@ -55,6 +64,6 @@ def write(shards: Sources, rows: list[int], codec: Codec, folder: Path) -> Path:
     table = shard.index_table(list(index.values()))
     (folder / "index.parquet").write_bytes(shard.table_bytes(table))
     info = {"schema_version": shard.SCHEMA_VERSION, "codec": shards.info["codec"]}
-    document = {**info, "dataset_version": shard.dataset_version(table), "made_from": shards.info["dataset_version"]}
-    (Place.at(str(folder)) / "dataset.json").write(shard.json_bytes(document))
+    document = {**info, "dataset_version": shard.dataset_version(table), "made_from": made_from}
+    described.write(shard.json_bytes(document))
     return folder

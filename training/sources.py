@@ -16,10 +16,12 @@ import contextlib
 import datetime
 import fcntl
 import hashlib
+import json
 import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ import pyarrow as pa
 from musicgen.errors import UserError
 from pipelines import takedown
 from pipelines.rights import PERPETUAL
-from pipelines.shard import ShardSet, described, read_info, same
+from pipelines.shard import ShardSet, described, same
 from pipelines.store import Place, atomic_local, clear_disk_errors
 
 _WHO = ("artist", "work")  # by whom tracks are kept in one split
@@ -84,7 +86,8 @@ class Sources:
         info: dataset.json of the first set, with the version of the whole.
         index: the rows of all sets, one after the other.
         source: int64 `[N]`, which set a row belongs to.
-        taken_down: int64, rows of a mixture whose sound another of its sets' catalogues took down; in no split.
+        taken_down: rows of a mixture, in no split, whose sound another of its sets' catalogues took down -> which one.
+        silent: places of a mixture's sets that do not say what their catalogues took down.
         heard_elsewhere: int64, validation rows whose artist or work another set trains on; not validated on.
 
     Raises:
@@ -103,9 +106,12 @@ class Sources:
                 )
         self.index: pa.Table = pa.concat_tables([s.index for s in sets])
         self._first = np.cumsum([0, *(len(s) for s in sets)])
-        self.taken_down = self._taken_down()
-        self.info = {**sets[0].info, "dataset_version": version(self.sets, shares, self.taken_down)}
         self.source = np.repeat(np.arange(len(sets)), [len(s) for s in sets])
+        self.taken_down: dict[int, str] = {}
+        self.silent: list[str] = []
+        if len(sets) > 1:
+            self._find_taken_down()
+        self.info = {**sets[0].info, "dataset_version": self._version()}
         self._checked = np.zeros(len(self), dtype=bool)
         self._narrowed: dict[str, np.ndarray] | None = None
         self.heard_elsewhere = self._heard_elsewhere()
@@ -126,19 +132,34 @@ class Sources:
         return np.setdiff1d(rows, self.heard_elsewhere) if split == "valid" else rows
 
     def _rows(self, split: str) -> np.ndarray:
-        rows = np.concatenate([first + s.rows(split) for first, s in zip(self._first, self.sets)])
-        return np.setdiff1d(rows, self.taken_down) if len(self.taken_down) else rows
+        rows = self._all_rows(split)
+        return np.setdiff1d(rows, [*self.taken_down]) if self.taken_down else rows
 
-    def _taken_down(self) -> np.ndarray:
-        """Rows of a mixture whose sound was taken down in the catalogue of another of its sets."""
-        rows: list[int] = []
-        barred = [takedown.barred(s.root) for s in self.sets] if len(self.sets) > 1 else []
-        for number, (one, first) in enumerate(zip(self.sets, self._first) if any(barred) else ()):
-            others = set().union(*(found for other, found in enumerate(barred) if other != number))
-            gone = takedown.tracks_with(one.root, others) if others else set()
-            names = one.index.column("track_id").to_pylist() if gone else []
-            rows += [int(first) + row for row, name in enumerate(names) if name in gone]
-        return np.asarray(rows, dtype=np.int64)
+    def _all_rows(self, split: str) -> np.ndarray:
+        return np.concatenate([first + s.rows(split) for first, s in zip(self._first, self.sets)])
+
+    def _find_taken_down(self) -> None:
+        """Find the rows of a mixture whose sound was taken down in the catalogue of another of its sets."""
+        tables = [takedown.SourcesTable.of(s) for s in self.sets]
+        self.silent = [str(s.root) for s, found in zip(self.sets, tables) if found.table is None]
+        barred = [found.barred() for found in tables]
+        for number, (one, first) in enumerate(zip(self.sets, self._first)):
+            others = {sha256: other for other, found in enumerate(barred) if other != number for sha256 in found}
+            gone = tables[number].tracks_with(others) if others else {}
+            for row, name in enumerate(one.index.column("track_id").to_pylist() if gone else ()):
+                if name in gone:
+                    by = others[gone[name]]
+                    self.taken_down[int(first) + row] = f"{barred[by][gone[name]]!r} of {self.sets[by].root}"
+
+    def _version(self) -> str:
+        """Version of what is read: the set's own, or of a mixture a hash over versions, shares and what is left out."""
+        if len(self.sets) == 1:
+            return self.sets[0].info["dataset_version"]
+        text = "\n".join(f"{s.info['dataset_version']} {share:.9f}" for s, share in zip(self.sets, self.shares))
+        used = np.concatenate([self._all_rows("train"), self._all_rows("valid")])
+        left_out = np.intersect1d(used, [*self.taken_down]).tolist()
+        text += "".join(f"\nwithout {self.source[row]} {self.index.column('key')[row].as_py()}" for row in left_out)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _heard_elsewhere(self) -> np.ndarray:
         """Validation rows of a mixture whose artist or work is trained on in another of its sets.
@@ -230,15 +251,7 @@ def licences(shards: Sources) -> list[str]:
     return sorted({str(licence or "not stated") for licence in column.unique().to_pylist()})
 
 
-def version(sets: Sequence[ShardSet], shares: Sequence[float], taken_down: np.ndarray) -> str:
-    """Version of what is read: the set's own, or of a mixture a hash over versions, shares and what is left out."""
-    if len(sets) == 1:
-        return sets[0].info["dataset_version"]
-    text = "\n".join(f"{s.info['dataset_version']} {share:.9f}" for s, share in zip(sets, shares))
-    text += "".join(f"\nwithout {row}" for row in taken_down)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
+@lru_cache(maxsize=16)
 def frame_rate(spec: str) -> float:
     """Codec frames per second of the data that DATA names, by its first set's dataset.json alone.
 
@@ -281,14 +294,18 @@ def _open(place: str, cache: str, rank: int) -> ShardSet:
 
 
 def fetch(root: Place, cache: Path, *, rank: int = 0) -> Path:
-    """A local copy of the set at `root` below `cache`, under its version; what is already there stays.
+    """A local copy of the set at `root` below `cache`; what is already there stays.
+
+    The shards lie under the version of the set, its tables beside them under what dataset.json says: what is taken down
+    later changes the tables of a set whose tracks stay as they are.
 
     Raises:
         UserError: no set there, bytes that are not those that dataset.json names, a store that does not answer.
     """
     remote: ShardSet = _tried(lambda: ShardSet.open(root.uri), root)
-    folder = cache / remote.info["dataset_version"][:32]
-    if _is_copy(folder, remote.info):
+    holds = cache / remote.info["dataset_version"][:32]
+    folder = holds / hashlib.sha256(json.dumps(remote.info, sort_keys=True).encode()).hexdigest()[:16]
+    if (folder / "dataset.json").is_file():
         return folder
     hashes: dict[str, str] = remote.info.get("shards", {})
     used = {s for s, gone in zip(*(remote.index.column(c).to_pylist() for c in ("shard", "withdrawn"))) if not gone}
@@ -301,9 +318,9 @@ def fetch(root: Place, cache: Path, *, rank: int = 0) -> Path:
     names = names[rank * 7 % max(len(names), 1) :] + names[: rank * 7 % max(len(names), 1)]
     for blocking in (False, True):  # first what nobody else is fetching, then wait for the others
         for name in names:
-            _fetch_one(root / name, folder / name, hashes[name], blocking=blocking)
-    with _locked(folder / ".lock", blocking=True):
-        if not _is_copy(folder, remote.info):
+            _fetch_one(root / name, holds / name, hashes[name], blocking=blocking)
+    with _locked(holds / ".lock", blocking=True):
+        if not (folder / "dataset.json").is_file():
             wanted = ["index.parquet", "dataset.json"]  # which makes a copy of it, so last
             if _tried((root / takedown.SOURCES).is_file, root):
                 wanted.insert(0, takedown.SOURCES)
@@ -312,17 +329,11 @@ def fetch(root: Place, cache: Path, *, rank: int = 0) -> Path:
                 raise UserError(
                     f"DATA={root} changed while it was fetched: ingest is writing there; wait and try again"
                 )
+            if not (folder / "shards").is_symlink():
+                (folder / "shards").symlink_to(Path("..") / "shards")
             for name, data in files.items():
                 Place.at(folder / name).write(data)
     return folder
-
-
-def _is_copy(folder: Path, info: dict[str, Any]) -> bool:
-    """Is the copy finished, and of the set as it is now? What else was taken down since changes no track's version."""
-    try:
-        return (folder / "dataset.json").is_file() and read_info(Place.at(folder)) == info
-    except UserError:  # damaged
-        return False
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ class StyleCheckConfig:
     """
 
     init: str = "demo"
-    data: str = "data/assets/tokens"
+    data: str = "data/demo"
     run: str = "runs/style"
     steps: int = 900
     arguments: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from musicgen.weights import non_commercial
+from pipelines.takedown import SOURCES
 from training import budget, controls, finetune, record, sources
 from training.data import tracks_of
 
@@ -73,12 +74,20 @@ def _licences(shards: sources.Sources, licence: str) -> list[str]:
 
 
 def _left_out(shards: sources.Sources) -> list[str]:
-    """Lines where a mixture leaves out tracks that a single set would have."""
+    """Lines where a mixture leaves out tracks that a single set would have, or cannot tell whether it should."""
     out = []
-    if count := len(shards.taken_down):
+    if gone := shards.taken_down:
+        names = shards.index.column("track_id")
+        some = [f"{names[row].as_py()!r} of {shards.sets[shards.source[row]].root} as {gone[row]}" for row in gone]
+        more = f" and {len(some) - 3} more" if len(some) > 3 else ""
         out.append(
-            f"withdrawn {count} track{'s are' if count > 1 else ' is'} left out: the catalogue of another set of the "
-            "mixture took the same recording down"
+            f"withdrawn {len(some)} track{'s are' if len(some) > 1 else ' is'} left out, whose sound another set's "
+            f"catalogue took down ({'; '.join(some[:3])}{more}). If that is wrong, mend the row that took it down"
+        )
+    if shards.silent:
+        out.append(
+            f"warning   {', '.join(shards.silent)}: no {SOURCES} there, so it is not known what its catalogue took "
+            "down, nor whether it holds what another one did"
         )
     if count := len(shards.heard_elsewhere):
         out.append(

@@ -16,6 +16,7 @@ import webdataset
 from musicgen.codec import CodecConfig
 from musicgen.errors import UserError
 from pipelines.assemble import SplitConfig
+from pipelines.store import Place
 from tests.training.small_music import RATE, make_catalog, melody
 from training.codec import data, sources
 
@@ -108,7 +109,9 @@ def test_a_cache_follows_its_rows(catalog: Path, tmp_path: Path) -> None:
     assert gone not in data.open_cache(made, "train").track_ids
 
 
-def test_what_was_taken_down_trains_no_codec_under_another_row(catalog: Path, tmp_path: Path) -> None:
+def test_what_was_taken_down_trains_no_codec_under_another_row(
+    catalog: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = data.prepare(str(catalog), tmp_path / "pcm", SHAPE, SPLITS)
     twin, other = data.open_cache(made, "train").track_ids[:2]
     rows = {r["track_id"]: r for r in rows_of(catalog)}
@@ -127,6 +130,32 @@ def test_what_was_taken_down_trains_no_codec_under_another_row(catalog: Path, tm
     refused = json.loads((made / "rejects.json").read_text())
     assert refused[twin] == "the same sound as track 'gone', which is refused as withdrawn"
     assert refused[other] == "the same sound as track 'gone too', which is refused as opt_out"
+    (catalog.parent / "again.flac").unlink()  # it is known from when it was there
+    rows |= {"gone": gone, "lost": lost, "gone too": same_file}
+    more.write_text("".join(json.dumps(r) + "\n" for r in [*rows.values(), lost | {"track_id": "lost too"}]))
+    capsys.readouterr()
+    data.prepare(str(more), tmp_path / "pcm", SHAPE, SPLITS)
+    assert json.loads((made / "rejects.json").read_text())[twin] == refused[twin]
+    assert "the sound of lost, lost too is not known" in capsys.readouterr().out
+
+
+def test_what_was_taken_down_and_cannot_be_read_now_stops(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Place.read
+
+    def unavailable(place: Place) -> bytes:
+        if place.name == "away.flac":
+            raise OSError(503, "slow down")
+        return read(place)
+
+    rows = rows_of(catalog)
+    gone = rows[0] | {"track_id": "gone", "uri": "away.flac", "rights": {"status": "withdrawn"}}
+    catalog.with_name("away.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, gone]))
+    monkeypatch.setattr(Place, "read", unavailable)
+    monkeypatch.setattr(sources.stages.time, "sleep", lambda seconds: None)
+    with pytest.raises(UserError, match=r"track 'gone' was taken down and its file cannot be read \(.*slow down"):
+        data.prepare(str(catalog.with_name("away.jsonl")), tmp_path / "pcm", SHAPE, SPLITS)
 
 
 def test_ranks_that_start_at_once_make_one_cache(catalog: Path, tmp_path: Path) -> None:

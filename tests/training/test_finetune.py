@@ -78,8 +78,8 @@ def test_only_the_adapter_is_trained_kept_and_released(place: Path) -> None:
     base = weights.read_info(place / "base" / "release")
     name = str(place / "base" / "release")
     assert info["base"] == {"name": name, "identity": base["weights"]["sha256"], "licence": "not stated"}
-    version = base["training"]["data_version"]
-    assert info["inherited"] == [{"model": name, "licence": "not stated", "data_version": version}]
+    learned = {key: base["training"][key] for key in ("data_version", "data_licences")}
+    assert info["inherited"] == [{"model": name, "licence": "not stated", **learned}]
     lm, _ = weights.load_release(place / "whole" / "release")
     best = tensors(place / "whole", info["training"]["step"])
     stem = "ema/transformer.layers.1.linear1.lora_"
@@ -338,6 +338,11 @@ def test_an_old_tape_is_lower_slower_and_dull(tmp_path: Path, place: Path) -> No
     before = (folder / "dataset.json").stat().st_mtime_ns
     rerecord.write(shards, [0, 3], codec, tmp_path / "tape")
     assert (folder / "dataset.json").stat().st_mtime_ns == before
+    shutil.copytree(data, tmp_path / "copy")  # of other tracks it is made anew, those of two sets are taken once
+    mixed = sources.open_data(f"{data},{tmp_path / 'copy'}")
+    rerecord.write(mixed, [0, 1, 4, 5, 7], codec, tmp_path / "tape")
+    ids = sources.open_data(str(folder)).index.column("track_id").to_pylist()
+    assert sorted(ids) == ["track-0", "track-1", "track-3"]
 
 
 def test_the_check_tells_collapse_noise_and_a_large_adapter() -> None:

@@ -119,19 +119,71 @@ def test_what_one_set_took_down_is_left_out_of_the_others(tmp_path: Path) -> Non
     a, b, c = (write_dataset(tmp_path / name, tracks=4, valid=1, size=64) for name in "abc")
     facts = {f"track-{n}": {"pcm_sha256": f"{n}" * 64, "source_sha256": f"{n}a" * 32} for n in range(4)}
     before = sources.open_data(f"{a},{b},{c}")
-    assert not len(before.taken_down)  # nothing says which sounds they are
+    assert not before.taken_down and len(before.silent) == 3  # nothing says which sounds they are
     with_sources(a, facts)
     gone = {"gone": takedown.remembered({"0" * 64, "3a" * 32}), "odd": {"reject": {}, "source_sha256": "1a" * 32}}
     with_sources(b, facts | gone)
     mixed = sources.open_data(f"{a},{b},{c}")
-    assert mixed.taken_down.tolist() == [0, 3]  # by its sound, by its file; b's own tracks are ingest's to judge
+    assert [*mixed.taken_down] == [0, 3]  # by its sound, by its file; b's own tracks are ingest's to judge
     assert [mixed.rows(split).tolist() for split in ("train", "valid")] == [[1, 2, 4, 5, 6, 8, 9, 10], [7, 11]]
     assert mixed.info["dataset_version"] != before.info["dataset_version"]
-    assert "2 tracks are left out: the catalogue of another set" in "".join(words._left_out(mixed))
-    assert not len(sources.open_data(str(a)).taken_down)
-    (b / takedown.SOURCES).write_bytes(b"PAR1")
+    told = words._left_out(mixed)
+    assert told[0].startswith("withdrawn 2 tracks are left out") and f"'track-0' of {a} as 'gone' of {b}" in told[0]
+    assert any(f"{c}: no sources.parquet there" in line for line in told)
+    assert not sources.open_data(str(a)).taken_down
+
+
+def test_what_is_left_out_of_no_split_changes_no_version(tmp_path: Path) -> None:
+    a, b = (write_dataset(tmp_path / name, tracks=4, valid=1, size=64) for name in "ab")
+    rows = [
+        row | {"split": "test"} if row["track_id"] == "track-0" else row
+        for row in ShardSet.open(str(a)).index.to_pylist()
+    ]
+    (a / "index.parquet").write_bytes(table_bytes(table := index_table(rows)))
+    info = json.loads((a / "dataset.json").read_text()) | {"dataset_version": dataset_version(table)}
+    (a / "dataset.json").write_text(json.dumps(info))
+    version = sources.open_data(f"{a},{b}").info["dataset_version"]
+    for number, same in ((0, True), (1, False)):
+        with_sources(a, {f"track-{number}": {"pcm_sha256": "1" * 64}})
+        with_sources(b, {"gone": takedown.remembered({"1" * 64})})
+        mixed = sources.open_data(f"{a},{b}")
+        assert len(mixed.taken_down) == 1 and (mixed.info["dataset_version"] == version) is same
+
+
+@pytest.mark.parametrize(
+    ("facts", "why"),
+    [
+        ({"sounds": None}, "not those of a track"),
+        ({"sounds": 5}, "not those of a track"),
+        ({"sounds": "abc"}, "no texts"),
+        ({"sounds": [["a"]]}, "no texts"),
+        ({"pcm_sha256": ["a"]}, "no texts"),
+        ({"pcm_sha256": "a", "stems": None}, "not those of a track"),
+        ({"pcm_sha256": "a", "stems": {"sha256": []}}, "not those of a track"),
+    ],
+)
+def test_damaged_facts_are_said(two: tuple[Path, Path], tmp_path: Path, facts: Any, why: str) -> None:
+    other = write_dataset(tmp_path / "other", tracks=2, valid=0, size=64)
+    with_sources(other, {"gone": takedown.remembered({"1" * 64})})
+    for name in ("a", "b"):
+        shutil.copytree(two[1], tmp_path / name)
+    with_sources(tmp_path / "a", {"odd": facts})
+    with pytest.raises(UserError, match=f"sources.parquet is damaged: (facts|hashes) of 'odd' are {why}"):
+        sources.open_data(f"{tmp_path / 'a'},{other}")
+
+
+def test_another_table_of_sources_than_the_set_says_is_refused(two: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(two[1], folder := tmp_path / "set")
+    data = (with_sources(folder, {"t": {"pcm_sha256": "1" * 64}}) / takedown.SOURCES).read_bytes()
+    info = json.loads((folder / "dataset.json").read_text()) | {"sources_sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "dataset.json").write_text(json.dumps(info))
+    sources.open_data(f"{folder},{two[0]}")
+    with_sources(folder, {})
+    with pytest.raises(UserError, match=r"sources.parquet is damaged: it was changed since dataset.json"):
+        sources.open_data(f"{folder},{two[0]}")
+    (folder / takedown.SOURCES).write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"sources.parquet is damaged"):
-        sources.open_data(f"{a},{b}")
+        sources.open_data(f"{folder},{two[0]}")
 
 
 def test_music_that_may_not_be_sold_is_told_at_the_start_and_with_the_release(two: tuple[Path, Path]) -> None:
@@ -144,6 +196,15 @@ def test_music_that_may_not_be_sold_is_told_at_the_start_and_with_the_release(tw
     assert ("more (the music)" in first) is (len(trained) > 6)
     assert "CC-BY-NC-1.0" in warning and "CC0" not in warning and "releases are called MIT" in warning
     assert len(words._licences(shards, "cc-by-nc-4.0")) == len(words._licences(shards, "not stated")) == 1
+    child = {"inherited": [weights.ancestor("base", "MIT", {"data_licences": trained})]}
+    assert "derive from base: MIT\nlicence   these weights learned from music under CC-BY-NC-1.0" in weights.notice(
+        child
+    )
+    odd = weights.notice({"training": {"data_licences": [f"CC-BY-NC-{n}\x1b[2J" for n in range(100)]}})
+    assert odd.isprintable() and "and 94 more" in odd and not weights.notice({"training": {"data_licences": 5}})
+    for free in ("LicenseRef-NCsoft", "LicenseRef-NC", "CC-BY-4.0 OR CC-BY-NC-4.0", None):
+        assert not weights.non_commercial(free)
+    assert weights.non_commercial("cc-by-nc") and weights.non_commercial("CC-BY-NC-4.0 OR CC-BY-NC-SA-4.0")
     told = weights.notice({"training": {"data_licences": trained}})
     assert told.startswith("licence   these weights learned from music under CC-BY-NC-1.0") and "CC0" not in told
     assert not weights.notice({"training": {"data_licences": ["CC0-1.0"]}}) and not weights.notice({})
@@ -285,17 +346,22 @@ def test_a_remote_set_is_fetched_once_and_checked(two: tuple[Path, Path], store:
     folder = sources.fetch(Place.at(uri), tmp_path)
     for name in ("shards/train-00000.tar", "shards/valid-00000.tar", "dataset.json", "index.parquet"):
         assert (folder / name).read_bytes() == (two[0] / name).read_bytes()
-    times = {p: p.stat().st_mtime_ns for p in folder.rglob("*.tar")}
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("[tv]*.tar")}
+    assert len(times) == 2
     read = sources.open_data(f"{uri}:1,{two[1]}:1", str(tmp_path))
-    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.tar")} == times and len(read) == 50
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("[tv]*.tar")} == times and len(read) == 50
     row = int(read.rows("train")[0])
     assert np.array_equal(read.codes(row), ShardSet.open(str(two[0])).codes(row))
     barred = with_sources(tmp_path, {"t": takedown.remembered({"0" * 64})}) / takedown.SOURCES
     (Place.at(uri) / takedown.SOURCES).write(barred.read_bytes())  # taken down since, and it was never in the set
     info = json.loads((two[0] / "dataset.json").read_text()) | {"counts": {"rejects": 1}}
     (Place.at(uri) / "dataset.json").write(json.dumps(info).encode())
-    assert takedown.barred(Place.at(sources.fetch(Place.at(uri), tmp_path))) == {"0" * 64}
-    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.tar")} == times  # the shards are those that were there
+    renewed = ShardSet.open(str(sources.fetch(Place.at(uri), tmp_path)))
+    assert takedown.SourcesTable.of(renewed).barred() == {"0" * 64: "t"}
+    assert {
+        p: p.stat().st_mtime_ns for p in tmp_path.rglob("[tv]*.tar")
+    } == times  # the shards are those that were there
+    assert np.array_equal(renewed.codes(0), ShardSet.open(str(two[0])).codes(0))
     altered = bytearray((two[1] / "shards/train-00000.tar").read_bytes())
     altered[600] ^= 1
     bad = store.replace("SET", "bad")

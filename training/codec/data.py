@@ -24,6 +24,8 @@ from musicgen.errors import UserError
 from pipelines.assemble import SplitConfig
 from training.codec import sources
 
+SOUNDS = "sounds.json"
+
 
 @dataclass(frozen=True)
 class Pcm:
@@ -117,18 +119,36 @@ def write_cache(
 
 def _make(chosen: sources.Selection, source: str, cache: Path, shape: CodecConfig, workers: int) -> None:
     """Decode what was chosen into the cache; see `prepare`."""
-    barred = sources.barred(chosen)
+    known = _known_sounds(cache)
+    barred = sources.sounds_taken_down(chosen, known, workers)
     for split, tracks in chosen.splits.items():
-        decoded = sources.decode(tracks, shape, chosen.rejects, workers, split, barred)
+        decoded = sources.decode(tracks, shape, chosen.rejects, workers, split, barred, known)
         write_cache(cache, split, decoded, shape.channels, shape.sample_rate_hz)
         if not open_cache(cache, split, shape).track_ids:
             raise UserError(
                 f"no track of split {split!r} in DATA {source!r} passed the checks; the last one: "
                 f"{chosen.rejects[str(tracks[-1].row.track_id)]}"
             )
+    _keep_sounds(cache, known)
     (cache / "rejects.json").write_text(json.dumps(chosen.rejects, indent=1, ensure_ascii=False))
     if chosen.rejects:
         print(f"{len(chosen.rejects)} tracks refused; the reasons are in {cache / 'rejects.json'}", flush=True)
+
+
+def _known_sounds(cache: Path) -> dict[str, list[str]]:
+    """Hashes of what was decoded into the cache before, by track id: what is taken down later is known by them."""
+    try:
+        found = json.loads((cache / SOUNDS).read_text())
+        return {str(track_id): [str(sha256) for sha256 in hashes] for track_id, hashes in found.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        raise UserError(f"{cache / SOUNDS} is damaged; delete {cache}, and the catalogue is read anew") from None
+
+
+def _keep_sounds(cache: Path, known: dict[str, list[str]]) -> None:
+    (cache / f"{SOUNDS}.partial").write_text(json.dumps(known, indent=0, sort_keys=True))
+    os.replace(cache / f"{SOUNDS}.partial", cache / SOUNDS)
 
 
 def prepare(source: str, cache: Path, shape: CodecConfig, splits: SplitConfig, workers: int = 2) -> Path:

@@ -8,7 +8,6 @@ tokens may not train a codec, a file without a row has no rights, and what was t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import tarfile
@@ -20,7 +19,7 @@ import numpy as np
 
 from musicgen.codec import CodecConfig
 from musicgen.errors import UserError
-from pipelines import audio
+from pipelines import audio, stages
 from pipelines.assemble import SplitConfig, split_groups, split_of
 from pipelines.catalog import FORMATS, Row, loads, validate
 from pipelines.catalog import read as read_catalog
@@ -152,16 +151,51 @@ def _members(tar: Place) -> dict[str, dict[str, tuple[int, int]]]:
     return found
 
 
-def barred(chosen: Selection) -> dict[str, tuple[str, str]]:
-    """Sounds that were taken down, as far as their files are there: SHA-256 of file and sound -> track id and code."""
-    decoder, found = audio.Decoder(audio.DecodeConfig(), CheckConfig().max_seconds), {}
-    for track, code in chosen.taken_down:
-        with contextlib.suppress(audio.DecodeError, OSError, UserError):
-            data = track.read()
-            found[hashlib.sha256(data).hexdigest()] = str(track.row.track_id), code
-            found[audio.pcm_sha256(decoder.decode(data))] = str(track.row.track_id), code
-    decoder.close()
-    return found
+def sounds_taken_down(chosen: Selection, known: dict[str, list[str]], workers: int) -> dict[str, tuple[str, str]]:
+    """What was taken down, by the SHA-256 of its file and of its sound -> track id and reject code.
+
+    Args:
+        known: hashes by track id from earlier, when the file may still have been there; those found now are added.
+        workers: files that are read at a time.
+
+    Raises:
+        UserError: a file that is there cannot be read now, so that its sound would not be known again.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import local
+
+    limits, mine = CheckConfig(), local()
+
+    def hashes(track: Track) -> set[str]:
+        if not hasattr(mine, "decoder"):
+            mine.decoder = audio.Decoder(audio.DecodeConfig(), limits.max_seconds)
+        try:
+            data = stages.fetch(track)  # type: ignore[arg-type]  # it reads, as a place does
+        except (FileNotFoundError, IsADirectoryError, UserError):
+            return set()
+        except OSError as error:
+            raise UserError(
+                f"track {track.row.track_id!r} was taken down and its file cannot be read ({error}), by which the same "
+                "recording would be known under another row; run the same command again when it can"
+            ) from error
+        try:
+            return {hashlib.sha256(data).hexdigest(), audio.pcm_sha256(mine.decoder.decode(data))}
+        except audio.DecodeError:
+            return {hashlib.sha256(data).hexdigest()}
+
+    gone = [track for track, _ in chosen.taken_down]
+    with ThreadPoolExecutor(workers) as pool:
+        for track, found in zip(gone, pool.map(hashes, gone), strict=True):
+            known[str(track.row.track_id)] = sorted({*known.get(str(track.row.track_id), ()), *found})
+    if unknown := [str(track.row.track_id) for track in gone if not known[str(track.row.track_id)]]:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        print(
+            f"note: the sound of {', '.join(unknown[:5])}{more} is not known (no file, and never read here): it was "
+            "taken down, but the same recording in another row would not be recognised",
+            flush=True,
+        )
+    ids = {str(track.row.track_id): code for track, code in chosen.taken_down}
+    return {sha256: (track_id, code) for track_id, code in ids.items() for sha256 in known[track_id]}
 
 
 def decode(
@@ -171,8 +205,15 @@ def decode(
     workers: int,
     split: str,
     barred: dict[str, tuple[str, str]],
+    known: dict[str, list[str]],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Decoded, checked and resampled tracks `(track_id, [C, N])` in order, with a bar; refusals go to `rejects`."""
+    """Decoded, checked and resampled tracks `(track_id, [C, N])` in order, with a bar.
+
+    Args:
+        rejects: refusals are added to it.
+        barred: of `sounds_taken_down`.
+        known: the hashes of each track's file and sound are added to it.
+    """
     from concurrent.futures import ThreadPoolExecutor
     from threading import local
 
@@ -189,7 +230,7 @@ def decode(
             audio.verify(decoded, limits)
         except (audio.DecodeError, OSError) as error:
             return str(error)
-        own = (hashlib.sha256(data).hexdigest(), audio.pcm_sha256(decoded)) if barred else ()
+        own = known[str(track.row.track_id)] = [hashlib.sha256(data).hexdigest(), audio.pcm_sha256(decoded)]
         if twin := next((barred[sha256] for sha256 in own if sha256 in barred), None):
             return f"the same sound as track {twin[0]!r}, which is refused as {twin[1]}"
         refused = first_problem(decoded.pcm, decoded.sample_rate_hz, limits)
