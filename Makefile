@@ -30,9 +30,11 @@ help: ## this list
 
 $(VENV)/.core: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python 3.11, 3.12 or 3.13 is needed; {sys.executable} is {v[0]}.{v[1]}. Give another: make setup PYTHON=python3.12")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q --progress-bar on $(INDEX) -r requirements.lock
-	$(PIP) install -q --no-deps -e .
+	@# To standard error: what is made may go to standard output (make generate STREAM=1 OUT=-).
+	@echo "installing the locked versions in $(VENV)" >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install -q --progress-bar on $(INDEX) -r requirements.lock >&2
+	@$(PIP) install -q --no-deps -e . >&2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core requirements-dev.lock
@@ -61,13 +63,13 @@ plan: setup ## SIZE=3.3b GPUS=64 GPU=h100-80 [DATA=… INIT=… LORA=16]: memory
 
 train: setup ## SIZE=demo|300m|1.5b|3.3b DATA=… RUN=… [GPUS=8 INIT=model LORA=16 RAY=auto]: train, fine-tune, or resume the same RUN
 	@case "$(GPUS)" in 0*|*[!0-9]*) echo "error: GPUS=$(GPUS): give a whole number of at least 1, the GPUs (or processes) of each machine" >&2; exit 2;; esac
-	$(BIN)/python -m training.train --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/$(SIZE))" $(if $(GPUS),--hardware.devices "$(GPUS)") $(if $(INIT),--init "$(INIT)") $(if $(LORA),--lora.rank "$(LORA)") $(if $(RAY),--ray.address "$(RAY)") $(ARGS)
+	$(BIN)/python -m training.train --size "$(SIZE)" --data "$(or $(DATA),data/demo)" --run "$(or $(RUN),runs/train-$(SIZE))" $(if $(GPUS),--hardware.devices "$(GPUS)") $(if $(INIT),--init "$(INIT)") $(if $(LORA),--lora.rank "$(LORA)") $(if $(RAY),--ray.address "$(RAY)") $(ARGS)
 
 runs: setup ## [RUN=… TRACK=…]: which trainings there are, how they stand, what they came from; which learned from a track
 	$(BIN)/python -m training.runs $(if $(RUN),--run "$(RUN)") $(if $(TRACK),--track "$(TRACK)") $(ARGS)
 
 generate: setup ## PROMPT="…" DURATION=10 [MODEL=… BASE=… OUT=… SEED=… MELODY=… STYLE=… AUDIO=… STREAM=1]: text to wav
-	$(BIN)/python -m musicgen.generate --model "$(or $(MODEL),demo)" --duration "$(DURATION)" --seed "$(SEED)" --out "$(or $(OUT),out.wav)" $(if $(MELODY),--melody "$(MELODY)") $(if $(STYLE),--style "$(STYLE)") $(if $(AUDIO),--prompt_audio "$(AUDIO)") $(if $(STREAM),--stream true) $(if $(BASE),--base "$(BASE)") $(ARGS)
+	@$(BIN)/python -m musicgen.generate --model "$(or $(MODEL),demo)" --duration "$(DURATION)" --seed "$(SEED)" --out "$(or $(OUT),out.wav)" $(if $(MELODY),--melody "$(MELODY)") $(if $(STYLE),--style "$(STYLE)") $(if $(AUDIO),--prompt_audio "$(AUDIO)") $(if $(STREAM),--stream true) $(if $(BASE),--base "$(BASE)") $(ARGS)
 
 import: setup ## FROM=… OUT=…: a transformers folder, audiocraft's files or a hub name as a release of ours
 	$(BIN)/python -m musicgen.interop.command import --source "$(FROM)" --out "$(OUT)" $(ARGS)

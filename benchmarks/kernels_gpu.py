@@ -167,6 +167,8 @@ def measure_attention() -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Compile, measure, print; `attention` alone leaves the products out."""
+    if not torch.cuda.is_available():
+        raise SystemExit("error: this measures kernels on a GPU, and torch finds none here")
     if "attention" in argv:
         measure_attention()
         return

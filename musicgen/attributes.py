@@ -150,7 +150,7 @@ def weights(attributes: Sequence[AttributeConfig], given: Mapping[str, Any]) -> 
             if not names:
                 raise UserError(
                     f"attribute {name!r} was given, but this model has none; say it in the PROMPT, or give the MODEL "
-                    "of a run with --lm.condition.attributes"
+                    "of a run with --config configs/train/attributes.yaml"
                 )
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
             raise UserError(f"unknown attribute {name!r}; did you mean {near!r}? This model has {', '.join(names)}")

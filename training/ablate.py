@@ -1,6 +1,6 @@
 """The paper's comparison of codebook patterns as a command: `make ablate DATA=… [STEPS=400]`.
 
-    python -m training.ablate --data data/assets/tokens --out runs/ablate
+    python -m training.ablate --data runs/demo/data --out runs/ablate
 
 Every pattern trains the same model on the same crops in the same order, for as many updates; then those whose columns
 cost more train again for as much compute as delay had. A loss is the mean cross-entropy per code over all K codebooks

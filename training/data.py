@@ -410,7 +410,12 @@ def check(
         raise UserError(
             f"DATA holds tokens of codec {codec['name']!r} with {codec['num_codebooks']} codebooks of "
             f"{codec['codebook_size']} codes; the model expects {num_codebooks} of {codebook_size}. "
-            "Ingest with the codec that belongs to the model, or set --lm.num_codebooks and --lm.codebook_size"
+            + (
+                "Tokens of left and right are those of a mono codec in twice the codebooks: `make ingest "
+                "ARGS='--channels 2'`"
+                if num_codebooks == 2 * codec["num_codebooks"]
+                else "Ingest with the codec that belongs to the model, or set --lm.num_codebooks and --lm.codebook_size"
+            )
         )
     tracks = tracks_of(shards, "train")
     if len(tracks) == 0:

@@ -44,7 +44,7 @@ class DemoConfig:
         clips: prompts that are played in the report.
         seconds: length of each clip.
         seed: seed of the training and of the clips.
-        ingest: further settings of ingest, as words: `--ingest '["--workers", "2"]'`.
+        ingest: further settings of ingest, as words: `--ingest '["--run.workers", "2"]'`.
         train: further settings of training, as words.
         sampling: as in generation.
     """

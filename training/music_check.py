@@ -1,12 +1,12 @@
 """Does the model make music, and its own? A check with numbers, over prompts in ten styles.
 
-    python -m training.music_check --model demo --data runs/demo/shards
+    python -m training.music_check --model demo --data runs/demo/data
 
-Prompts are descriptions of held-out tracks, four for each of the ten commonest styles. For every generated clip: is
-the nearest style centroid (codec embedding, centroids from training tracks) the one that was asked for; is it silent;
-is it noise; is a 5-second window of its first-codebook codes at least 80 % equal to a training track's. Real held-out
-clips pass through the same measures and stand beside them as the ceiling. The last line is the verdict, the exit code
-says it too.
+Prompts are descriptions of held-out tracks (of training tracks where a style has too few), four for each of the ten
+commonest styles. For every generated clip: is the nearest style centroid (codec embedding, centroids from training
+tracks) the one that was asked for; is it silent; is it noise; is a 5-second window of its first-codebook codes at least
+80 % equal to a training track's. Real held-out clips pass through the same measures and stand beside them as the
+ceiling. The last line is the verdict, the exit code says it too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Does a style by example do anything? The shipped model learns one, and what it brings is measured.
 
-    python -m training.style_check --data data/assets/tokens --run runs/style --steps 900
+    python -m training.style_check --data runs/demo/data --run runs/style --steps 900
 
 A model is trained on from a release with `lm.condition.style` added, by `training.train` as everybody's. Then, on the
 held-out tracks: the loss when it hears an excerpt of the same track, of another track, and none; and clips made without

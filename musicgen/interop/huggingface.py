@@ -277,6 +277,8 @@ def write(parts: Parts, folder: Path) -> None:
     model.save_pretrained(folder)
     _processor(parts, folder)
     (folder / "README.md").write_text(card(parts, "MusicGen for transformers"), encoding="utf-8")
+    for file in folder.iterdir():  # weights come for their owner alone
+        file.chmod((folder / "README.md").stat().st_mode)
 
 
 def _generation(model: Any, parts: Parts) -> None:

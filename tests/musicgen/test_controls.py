@@ -306,10 +306,10 @@ def test_command_makes_several_clips_each_with_its_seed(folder: Path) -> None:
     assert three[1] == alone and len(set(three)) == 3, "a clip of a batch is the clip made alone, to the byte"
 
 
-def test_stream_to_standard_output(folder: Path) -> None:
-    command_line = [sys.executable, "-m", "musicgen.generate", "--model", str(folder / "text" / "release")]
-    command_line += ["--duration", "0.6", "--prompt", "waltz", "--stream", "true", "--out", "-"]
-    done = subprocess.run(command_line, capture_output=True, timeout=300)
+def test_make_streams_to_standard_output_and_writes_nothing_else_there(folder: Path) -> None:
+    command_line = ["make", "--no-print-directory", "-o", "setup", "generate", f"BIN={Path(sys.executable).parent}"]
+    command_line += [f"MODEL={folder / 'text' / 'release'}", "DURATION=0.6", "PROMPT=waltz", "STREAM=1", "OUT=-"]
+    done = subprocess.run(command_line, capture_output=True, timeout=300, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     (folder / "piped.wav").write_bytes(done.stdout)
     samples, _ = soundfile.read(folder / "piped.wav")

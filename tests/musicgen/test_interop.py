@@ -199,6 +199,7 @@ def test_greedy_generation_gives_identical_tokens(pair: tuple[str, Any, Path, Pa
 def test_there_and_back_is_the_same_file(pair: tuple[str, Any, Path, Path], tmp_path: Path) -> None:
     kind, _, folder, ours = pair
     assert command.main(["export", "--model", str(ours), "--to", "transformers", "--out", str(tmp_path / "out")]) == 0
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1  # who may read one may read all
     # Every tensor of the language model and of the text encoder as it was; the codec without training statistics.
     before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert before.keys() == after.keys()

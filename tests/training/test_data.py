@@ -162,6 +162,8 @@ def test_data_sets_that_do_not_fit(shards: ShardSet, tmp_path: Path) -> None:
         data.check(shards, CONFIG, **wanted)
 
     check()
+    with pytest.raises(UserError, match=r"expects 8 of 64.*make ingest ARGS='--channels 2'"):
+        check(num_codebooks=8)
     with pytest.raises(UserError, match=r"codec 'tiny' with 4 codebooks of 64 codes; the model expects 4 of 2048"):
         check(codebook_size=2048)
     with pytest.raises(UserError, match=r"batch\.size 8 must be a multiple of 3 processes"):
