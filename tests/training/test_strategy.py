@@ -68,6 +68,7 @@ def test_without_a_c_compiler_nothing_is_compiled_and_that_is_said(
     assert strategy.HardwareConfig(compile="on").compiles
 
 
+@torch._dynamo.config.patch(optimize_ddp=True)
 def test_a_block_is_one_graph_where_a_bucket_of_gradients_ends_inside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,7 +82,6 @@ def test_a_block_is_one_graph_where_a_bucket_of_gradients_ends_inside_it(
         return aot_eager(graph, inputs)
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiled))
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     run = read_config(["--size", "demo", "--hardware.compile", "on", "--lm.num_layers", "2"], folders=False)
     plan = budget.choose(task_of(run), devices.DEVICES["h200"], 1, checkpointing="none")
     lm = MusicLM(run.lm)
