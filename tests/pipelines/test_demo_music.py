@@ -183,7 +183,7 @@ def test_a_piece_renders_to_the_same_stereo_samples_twice():
 )
 def test_stems_add_up_to_the_piece_and_are_named_in_its_row(tmp_path, monkeypatch):
     tracks = [t for t in itertools.islice(plan("music", 5, (10.0, 12.0)), 14) if t.style == "blues rock"][:1]
-    monkeypatch.setattr(catalogue, "plan_hours", lambda hours, seed: tracks)
+    monkeypatch.setattr(catalogue, "plan_hours", lambda hours, seed, held_out: tracks)
     catalogue.main(["--out", str(tmp_path), "--hours", "0.01", "--stems", "--workers", "1"])
     (row,) = [json.loads(line) for line in (tmp_path / "catalog.jsonl").read_text().splitlines()]
     assert set(row["stems"]) == {"melody", "bass", "drums", "accompaniment"}
