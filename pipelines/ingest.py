@@ -221,8 +221,8 @@ class Ingest:
         today = self.config.rights.day()
         admitted = []
         for row in self.catalog.rows:
-            if row.track_id and row.values["uri"] and (code := rights.takes_down(row.rights)):
-                self.taken_down[row.track_id] = row, code
+            if code := takedown.code_of(row):
+                self.taken_down[str(row.track_id)] = row, code
             if row.problems:
                 self.rejects.append((row, Reject("catalogue", "invalid_row", "; ".join(row.problems)), None))
                 continue

@@ -10,19 +10,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import shard
 from pipelines.checks import Reject
+from pipelines.rights import takes_down
 from pipelines.store import Place
+
+if TYPE_CHECKING:
+    from pipelines.catalog import Row
 
 SOURCES = "sources.parquet"
 SOURCES_SCHEMA = pa.schema(
     [("track_id", pa.string()), ("work_id", pa.string()), ("json_sha256", pa.string()), ("facts", pa.string())]
 )
+
+
+def code_of(row: Row) -> str | None:
+    """The reject code of a row that takes its recording down, whatever else is wrong with it; else None."""
+    return takes_down(row.rights) if row.track_id and row.values["uri"] else None
 
 
 def sounds(facts: dict[str, Any]) -> set[str]:

@@ -251,7 +251,7 @@ def licences(shards: Sources) -> list[str]:
     return sorted({str(licence or "not stated") for licence in column.unique().to_pylist()})
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # a comparison of runs asks for each of them
 def frame_rate(spec: str) -> float:
     """Codec frames per second of the data that DATA names, by its first set's dataset.json alone.
 

@@ -19,13 +19,13 @@ import numpy as np
 
 from musicgen.codec import CodecConfig
 from musicgen.errors import UserError
-from pipelines import audio, stages
+from pipelines import audio, stages, takedown
 from pipelines.assemble import SplitConfig, split_groups, split_of
 from pipelines.catalog import FORMATS, Row, loads, validate
 from pipelines.catalog import read as read_catalog
 from pipelines.checks import CheckConfig
 from pipelines.checks import first as first_problem
-from pipelines.rights import RightsConfig, admit, takes_down
+from pipelines.rights import RightsConfig, admit
 from pipelines.store import Place
 
 SPLITS = ("train", "valid")
@@ -99,7 +99,7 @@ def select(source: str, splits: SplitConfig) -> Selection:
                 f"DATA {source!r} has no admissible track in split {split!r} ({len(rejects)} of "
                 f"{len(tracks) or len(rejects)} refused{_first_reason(rejects)}); codec training needs both splits"
             )
-    gone = [(t, code) for t in tracks if t.row.track_id and t.row.values["uri"] and (code := takes_down(t.row.rights))]
+    gone = [(track, code) for track in tracks if (code := takedown.code_of(track.row))]
     return Selection(chosen, rejects, gone)
 
 
